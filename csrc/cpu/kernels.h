@@ -1,0 +1,21 @@
+// The function table: one entry per kernel. kernels.cpp fills one table per instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace handtuned {
+
+struct NormForward;
+struct NormBackward;
+
+struct Kernels {
+  const char* isa;
+  int vector_bytes;
+  void (*norm_forward)(const NormForward&);
+  void (*norm_backward)(const NormBackward&);
+  // Machine limits, measured with this ISA's own loads, stores and multiply-adds (cpu/limits.h).
+  void (*copy)(void* dst, const void* src, size_t bytes);  // non-temporal stores
+  double (*multiply_add)(int64_t iterations);              // returns the flops it did
+};
+
+}  // namespace handtuned

@@ -1,0 +1,14 @@
+#include "parallel.h"
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <stdexcept>
+
+namespace handtuned {
+
+void parallel_range(int64_t n, int64_t grain, RangeFn fn, void* context) {
+  if (torch_parallel_for(0, n, grain, fn, context) != AOTI_TORCH_SUCCESS)
+    throw std::runtime_error("handtuned: torch's thread pool failed to run a parallel loop");
+}
+
+}  // namespace handtuned

@@ -1,0 +1,67 @@
+// Dropout from a counter-based generator: the mask is a function of (seed, row, column) alone, so it is the same on
+// any number of threads, instruction set and backend, and the backward regenerates it instead of storing it.
+//
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
+//   key     = (seed low, seed high)
+//   counter = (16 * (column / 64) + column % 16, row low, row high, 0)
+//   word    = result[(column / 16) % 4]
+// One call of the generator serves columns j, j + 16, j + 32 and j + 48 of a block of 64: sixteen lanes of counters
+// give four runs of sixteen neighbouring columns, with no shuffle at any vector width.
+// An element is kept when word >= floor(p * 2^32), and then scaled by 1 / (1 - p).
+#pragma once
+#include "simd.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+// Counters are held one to a 64-bit lane, in its low half; the high halves carry garbage that multiply_low32 ignores.
+struct PhiloxBlock {
+  u64 c0, c1, c2, c3;
+};
+
+HT_INLINE PhiloxBlock philox(PhiloxBlock c, uint64_t seed) {
+  const u64 m0 = u64{} + 0xD2511F53u, m1 = u64{} + 0xCD9E8D57u;
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    u64 p0 = multiply_low32(c.c0, m0), p1 = multiply_low32(c.c2, m1);
+    // (c0, c1, c2, c3) <- (hi(p1) ^ c1 ^ k0, lo(p1), hi(p0) ^ c3 ^ k1, lo(p0))
+    c = {(p1 >> 32) ^ c.c1 ^ uint64_t(k0), p1, (p0 >> 32) ^ c.c3 ^ uint64_t(k1), p0};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+// factor[c] = 1 / (1 - p) where element (row, c) is kept, else 0, for c < cols rounded up to 64.
+template <class A>
+inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout) {
+  constexpr int L = kLanes<float>;
+  const bool drop_all = dropout.p >= 1;
+  const uint32_t threshold = drop_all ? 0xffffffffu : uint32_t(dropout.p * 4294967296.0);
+  const A scale = drop_all ? A(0) : A(1.0 / (1.0 - dropout.p));
+  const u64 row_low = u64{} + uint64_t(uint32_t(row)), row_high = u64{} + (uint64_t(row) >> 32);
+  u64 even = {};
+  for (int i = 0; i < L / 2; ++i) even[i] = 2 * i;
+
+  for (int64_t c = 0; c < cols; c += 64) {
+    for (int lane = 0; lane < 16; lane += L) {
+      u64 counter = even + uint64_t(c / 4 + lane);
+      PhiloxBlock a = philox({counter, row_low, row_high, u64{}}, dropout.seed);
+      PhiloxBlock b = philox({counter + 1, row_low, row_high, u64{}}, dropout.seed);
+      const u64 wa[4] = {a.c0, a.c1, a.c2, a.c3}, wb[4] = {b.c0, b.c1, b.c2, b.c3};
+#pragma GCC unroll 4
+      for (int word = 0; word < 4; ++word) {
+        u32 bits = (u32)((wa[word] & 0xffffffffu) | (wb[word] << 32));
+        u32 kept = (u32)(bits >= threshold);
+        A* out = factor + c + 16 * word + lane;
+        if constexpr (sizeof(A) == sizeof(float)) {
+          store(out, (f32)(kept & (u32)broadcast(scale)));
+        } else {
+          for (int i = 0; i < L; ++i) out[i] = kept[i] ? scale : A(0);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,313 @@
+// Vectors of one native width per instruction set: the only file with intrinsics.
+//
+// Arithmetic, comparison and selection use the compiler's vector extensions, which reach the same speed as intrinsics
+// and also serve machines that have none of these ISAs. What the extensions cannot say (16-bit floats, streaming
+// stores, 32x32->64 products) has one function each below: an intrinsic where the ISA has it, plain C++ elsewhere.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+// HANDTUNED_VECTOR_BYTES: a test build of some other width out of the extensions alone, so that the 512-bit source
+// also runs where there is no AVX-512.
+#if defined(HANDTUNED_VECTOR_BYTES)
+#elif defined(__AVX512F__)
+#define HT_AVX512 1
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#define HT_AVX2 1
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#define HT_SSE2 1
+#endif
+
+#define HT_INLINE __attribute__((always_inline)) inline
+#define HT_LAMBDA __attribute__((always_inline))
+
+namespace handtuned::HANDTUNED_ISA {
+
+#if defined(HANDTUNED_VECTOR_BYTES)
+inline constexpr int kVectorBytes = HANDTUNED_VECTOR_BYTES;
+#elif defined(HT_AVX512)
+inline constexpr int kVectorBytes = 64;
+#elif defined(HT_AVX2)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;  // SSE2, NEON
+#endif
+
+using f32 = float __attribute__((vector_size(kVectorBytes)));
+using f64 = double __attribute__((vector_size(kVectorBytes)));
+using u32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+using u64 = uint64_t __attribute__((vector_size(kVectorBytes)));
+using u16_half = uint16_t __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as f32
+
+// A is the type of statistics and accumulation: float, or double for double tensors.
+template <class T>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulate = typename AccumulateOf<T>::type;
+
+template <class A>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = f32;
+  using bits = u32;
+};
+template <>
+struct VectorOf<double> {
+  using type = f64;
+  using bits = u64;
+};
+template <class A>
+using vec = typename VectorOf<A>::type;
+template <class A>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class V, class T>
+HT_INLINE V load_bits(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class A>
+HT_INLINE vec<A> broadcast(A a) {
+  return a - vec<A>{};  // with -fno-signed-zeros this is one broadcast and nothing else
+}
+
+HT_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
+HT_INLINE double square_root(double a) { return __builtin_sqrt(a); }
+
+// ---- 16-bit floats <-> float ------------------------------------------------------------------------------------
+
+HT_INLINE f32 widen(const bf16* p) {
+  // float(x) = bits << 16
+  return (f32)(__builtin_convertvector(load_bits<u16_half>(p), u32) << 16);
+}
+
+// Round to nearest even; a NaN stays a (quiet) NaN.
+HT_INLINE u16_half narrow_bf16(f32 v) {
+#if defined(HT_AVX512) && defined(__AVX512BF16__)
+  return (u16_half)_mm512_cvtneps_pbh((__m512)v);
+#else
+  // bits + 0x7fff + lowest kept bit, then drop the low half
+  u32 x = (u32)v;
+  u32 rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
+  u32 nan = (u32)(v != v);
+  u32 r = (rounded & ~nan) | (((x >> 16) | 0x40) & nan);
+#if defined(HT_AVX2)
+  // GCC lowers the narrowing conversion to scalar moves at this width; pack the two halves instead.
+  __m256i packed = _mm256_packus_epi32((__m256i)r, (__m256i)r);
+  return (u16_half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(r, u16_half);
+#endif
+#endif
+}
+
+#if defined(HT_AVX512)
+HT_INLINE f32 widen(const f16* p) { return (f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+HT_INLINE u16_half narrow_f16(f32 v) { return (u16_half)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(HT_AVX2)
+HT_INLINE f32 widen(const f16* p) { return (f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+HT_INLINE u16_half narrow_f16(f32 v) { return (u16_half)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+HT_INLINE float as_float(uint32_t bits) {
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+HT_INLINE uint32_t as_bits(float f) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  return bits;
+}
+
+HT_INLINE float f16_to_float(uint16_t h) {
+  // Shift exponent and mantissa into place and scale by 2^112, which also normalises subnormals.
+  uint32_t magnitude = (h & 0x7fffu) << 13;
+  uint32_t bits = (h & 0x7c00u) == 0x7c00u ? magnitude | 0x7f800000u : as_bits(as_float(magnitude) * 0x1p112f);
+  return as_float(bits | (h & 0x8000u) << 16);
+}
+
+HT_INLINE uint16_t float_to_f16(float f) {
+  uint32_t bits = as_bits(f), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu, h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    h = 0x7c00u;  // rounds to 65536 or more: infinity
+  } else if (magnitude < 0x38800000u) {
+    h = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // subnormal: the addition rounds at the right bit
+  } else {
+    h = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+  }
+  return uint16_t(sign | h);
+}
+
+HT_INLINE f32 widen(const f16* p) {
+  f32 v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = f16_to_float(p[i].bits);
+  return v;
+}
+HT_INLINE u16_half narrow_f16(f32 v) {
+  u16_half r;
+  for (int i = 0; i < kLanes<float>; ++i) r[i] = float_to_f16(v[i]);
+  return r;
+}
+#endif
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+HT_INLINE f32 load(const float* p) { return load_bits<f32>(p); }
+HT_INLINE f64 load(const double* p) { return load_bits<f64>(p); }
+HT_INLINE f32 load(const bf16* p) { return widen(p); }
+HT_INLINE f32 load(const f16* p) { return widen(p); }
+
+HT_INLINE f32 narrow(f32 v, const float*) { return v; }
+HT_INLINE f64 narrow(f64 v, const double*) { return v; }
+HT_INLINE u16_half narrow(f32 v, const bf16*) { return narrow_bf16(v); }
+HT_INLINE u16_half narrow(f32 v, const f16*) { return narrow_f16(v); }
+
+template <class T, class V>
+HT_INLINE void store(T* p, V v) {
+  auto bits = narrow(v, p);
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+// What store() leaves in memory, as the accumulate type again.
+HT_INLINE f32 rounded_to(f32 v, const float*) { return v; }
+HT_INLINE f64 rounded_to(f64 v, const double*) { return v; }
+template <class T>
+HT_INLINE f32 rounded_to(f32 v, const T*) {
+  auto bits = narrow(v, static_cast<const T*>(nullptr));
+  return widen(reinterpret_cast<const T*>(&bits));
+}
+
+// Past the caches: for outputs too large to be still cached when somebody reads them. p must be aligned to the
+// vector's size in memory. End a stretch of them with stream_fence().
+template <class T, class V>
+HT_INLINE void stream(T* p, V v) {
+  auto bits = narrow(v, p);
+#if defined(HT_AVX512)
+  if constexpr (sizeof bits == 64) {
+    _mm512_stream_si512((__m512i*)p, (__m512i)bits);
+  } else {
+    _mm256_stream_si256((__m256i*)p, (__m256i)bits);
+  }
+#elif defined(HT_AVX2)
+  if constexpr (sizeof bits == 32) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)bits);
+  } else {
+    _mm_stream_si128((__m128i*)p, (__m128i)bits);
+  }
+#else
+  __builtin_memcpy(p, &bits, sizeof bits);
+#endif
+}
+
+HT_INLINE void stream_fence() {
+#if defined(HT_AVX512) || defined(HT_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// ---- across lanes -----------------------------------------------------------------------------------------------
+
+// Sum of all lanes, as a balanced tree: the order is fixed.
+template <class V>
+HT_INLINE auto sum_lanes(V v) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  decltype(v[0] + v[0]) a[n];
+  for (int i = 0; i < n; ++i) a[i] = v[i];
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] += a[i + half];
+  return a[0];
+}
+
+// Lane i of the product is the 64-bit product of the low 32 bits of lane i of a and b.
+HT_INLINE u64 multiply_low32(u64 a, u64 b) {
+#if defined(HT_AVX512)
+  return (u64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(HT_AVX2)
+  return (u64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(HT_SSE2)
+  return (u64)__builtin_ia32_pmuludq128((int __attribute__((vector_size(16))))a,
+                                        (int __attribute__((vector_size(16))))b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// ---- sweeping a row ---------------------------------------------------------------------------------------------
+
+// A vector's worth of a row: Whole, or the n < lanes elements at its end. Code written against either compiles to
+// plain vector instructions for Whole.
+template <class A>
+struct Whole {
+  template <class T>
+  HT_INLINE vec<A> load(const T* p) const {
+    return HANDTUNED_ISA::load(p);
+  }
+  template <class T>
+  HT_INLINE void store(T* p, vec<A> v, bool streaming = false) const {
+    if (streaming) {
+      HANDTUNED_ISA::stream(p, v);
+    } else {
+      HANDTUNED_ISA::store(p, v);
+    }
+  }
+  HT_INLINE vec<A> only(vec<A> v) const { return v; }
+};
+
+template <class A>
+struct Tail {
+  int n;
+  template <class T>
+  HT_INLINE vec<A> load(const T* p) const {  // zeros past the end
+    T a[kLanes<A>] = {};
+    __builtin_memcpy(a, p, n * sizeof(T));
+    return HANDTUNED_ISA::load(a);
+  }
+  template <class T>
+  HT_INLINE void store(T* p, vec<A> v, bool = false) const {
+    T a[kLanes<A>];
+    HANDTUNED_ISA::store(a, v);
+    __builtin_memcpy(p, a, n * sizeof(T));
+  }
+  HT_INLINE vec<A> only(vec<A> v) const {  // zeros past the end
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = i < n ? v[i] : A(0);
+    return v;
+  }
+};
+
+// Calls body(column, part, j) along a row of cols elements, four vectors at a time; j in 0..3 names an accumulator,
+// so that four sums run side by side.
+template <class A, class Body>
+HT_INLINE void sweep(int64_t cols, Body body) {
+  constexpr int64_t L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + 4 * L <= cols; c += 4 * L) {
+    body(c, Whole<A>{}, 0);
+    body(c + L, Whole<A>{}, 1);
+    body(c + 2 * L, Whole<A>{}, 2);
+    body(c + 3 * L, Whole<A>{}, 3);
+  }
+  for (; c + L <= cols; c += L) body(c, Whole<A>{}, 0);
+  if (c < cols) body(c, Tail<A>{int(cols - c)}, 1);
+}
+
+template <class V>
+HT_INLINE auto sum_four(const V (&v)[4]) {
+  return sum_lanes((v[0] + v[1]) + (v[2] + v[3]));
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,86 @@
+"""What the families' autograd.Functions share.
+
+A Function is used only where a gradient is wanted. Its forward and backward are ops; the backward of a backward
+recomputes the reference formula of the backward op under autograd, so second and higher derivatives are exact.
+torch.func transforms (grad, vmap, jvp, ...) run the reference formula throughout: it is made of torch's own
+differentiable, batchable ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import backends, ops, reference
+
+
+def kernels_for(op: str, input: Tensor) -> Any:
+    """The namespace that serves a call: torch's dispatcher, unless a switch or a transform says otherwise."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        backends.fell_back(op, "a torch.func transform is active, which kernels cannot enter")
+        return backends.formula(input)
+    return ops if backends.is_plain() else backends.kernels(input)
+
+
+def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:
+    """Whether a call needs an autograd.Function: a gradient is wanted and torch cannot find it by itself."""
+    if not torch.is_grad_enabled() or (kernels is not ops and kernels.is_formula):
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _view(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)
+
+
+class _BackwardOp(Function):
+    """A backward op that can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, kernels: Any, *args: Any) -> tuple[Tensor, ...]:
+        ctx.op = op
+        ctx.set_materialize_grads(False)
+        ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
+        ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
+        ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
+        result: tuple[Tensor, ...] = getattr(kernels, op)(*args)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            # Views cut each argument off from the others' history (an input may itself depend on the weight), so that
+            # partial derivatives are taken, and still lead back to it for the derivatives above.
+            args = [
+                _view(next(saved)) if is_tensor else other
+                for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
+            ]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+            outputs = getattr(reference, ctx.op)(*args)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [args[i] for i in wanted],
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        result: list[Tensor | None] = [None] * len(args)
+        for i, grad in zip(wanted, found, strict=True):
+            result[i] = grad
+        return (None, None, *result)
+
+
+def backward_op(op: str, kernels: Any, *args: Any) -> tuple[Tensor, ...]:
+    """Runs a backward op, differentiably when autograd asks for it (create_graph=True)."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        result: tuple[Tensor, ...] = _BackwardOp.apply(op, kernels, *args)
+        return result
+    result = getattr(kernels, op)(*args)
+    return result
+

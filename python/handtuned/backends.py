@@ -1,0 +1,241 @@
+"""Which kernel serves a call: the policy table, the switches that override it, and the record that explain() reads.
+
+An op's arguments are the same for every backend, so a backend is a namespace of functions named like the ops:
+``ops`` (torch's dispatcher: the compiled CPU kernels and whatever ``serve_device`` finds elsewhere), the Triton
+launchers, or ``reference``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import _C
+from ._binary import build_facts
+
+BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class FallbackWarning(UserWarning):
+    """A call was served by the reference formula because no kernel could; given once per reason."""
+
+
+class FallbackError(RuntimeError):
+    """The same under handtuned.strict()."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One backend's answer to a call. refused is None where it can serve it."""
+
+    backend: str
+    kernel: str
+    refused: str | None = None
+
+
+@dataclass
+class Call:
+    """One op call as explain() shows it."""
+
+    op: str
+    served_by: Candidate
+    candidates: list[Candidate]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    backend: str = "auto"
+    strict: bool = False
+    record: list[Call] | None = None
+
+
+_state = _State()
+_plain = True  # auto, and nobody records: the fast path asks only this
+_warned: set[str] = set()
+
+
+def _update(**changes: Any) -> None:
+    global _plain
+    for name, value in changes.items():
+        setattr(_state, name, value)
+    _plain = _state.backend == "auto" and _state.record is None
+
+
+@contextmanager
+def _changed(**changes: Any) -> Iterator[None]:
+    before = {name: getattr(_state, name) for name in changes}
+    _update(**changes)
+    try:
+        yield
+    finally:
+        _update(**before)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Runs every op inside on one backend: "reference", "cpu", "triton", "cuda" or "auto" (the policy table).
+
+    A backend that cannot serve a call raises RuntimeError with its reason. Process-wide, like torch.backends' flags;
+    a backward runs on the backend of its forward.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"handtuned.backend: name is {name!r}, allowed are {', '.join(BACKENDS)}")
+    with _changed(backend=name):
+        yield
+
+
+@contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """Inside, a call that no kernel can serve raises FallbackError instead of running the reference formula."""
+    with _changed(strict=enabled):
+        yield
+
+
+@contextmanager
+def record(calls: list[Call]) -> Iterator[None]:
+    """Appends every op call inside to `calls`."""
+    with _changed(record=calls):
+        yield
+
+
+def triton_status() -> str | None:
+    """None if Triton kernels can run on a device here, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return None
+    return "no CUDA, ROCm or XPU device is available"
+
+
+def triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+    """The policy table: every backend in order of preference, with the reason of each that cannot serve the call."""
+    on_cpu, on_gpu = device.type == "cpu", device.type in ("cuda", "xpu")
+    known = dtype in DTYPES
+    dtype_reason = None if known else f"{dtype} is not one of float32, float64, bfloat16, float16"
+    no_cuda = None if build_facts["cuda"].startswith("built") else build_facts["cuda"]
+    return [
+        Candidate("cpu", _C.isa(), dtype_reason if on_cpu else f"input is on {device.type}"),
+        Candidate(
+            "cuda",
+            "none",
+            no_cuda if on_gpu and no_cuda else "no CUDA C++ kernel for this op" if on_gpu else "input is on the CPU",
+        ),
+        Candidate(
+            "triton",
+            "interpreter" if on_cpu else "triton",
+            dtype_reason
+            or (triton_status() if on_gpu else None)
+            or (
+                f"input is on {device.type}"
+                if not on_gpu and not (on_cpu and triton_interprets() and _state.backend == "triton")
+                else None
+            ),
+        ),
+        Candidate("reference", "torch"),
+    ]
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[Candidate, list[Candidate]]:
+    """(the one that serves, all of them) under the backend that is set."""
+    table = candidates(device, dtype)
+    if _state.backend == "auto":
+        return next(candidate for candidate in table if candidate.refused is None), table
+    candidate = next(candidate for candidate in table if candidate.backend == _state.backend)
+    if candidate.refused:
+        raise RuntimeError(
+            f"handtuned.backend({_state.backend!r}) cannot serve this call: {candidate.refused}; "
+            "use handtuned.backend('auto') or move the input"
+        )
+    return candidate, table
+
+
+def fell_back(op: str, reason: str) -> None:
+    """Says once (or raises under strict()) that `op` is about to run as the reference formula."""
+    message = f"handtuned.{op}: no kernel serves this call, running the reference formula instead: {reason}"
+    if _state.strict:
+        raise FallbackError(message)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def _namespace(candidate: Candidate) -> Any:
+    from . import ops, reference
+
+    if candidate.backend == "reference":
+        return reference
+    if candidate.backend == "triton":
+        from .triton_kernels import norm
+
+        return norm
+    return ops
+
+
+def serve_device(op: str, args: tuple[Any, ...]) -> Any:
+    """The dispatcher's kernel for every device but the CPU; arguments are checked."""
+    chosen, table = choose(args[0].device, args[0].dtype)
+    if chosen.backend == "reference" and _state.backend == "auto":
+        fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
+    return getattr(_namespace(chosen), op)(*args)
+
+
+class Direct:
+    """A backend called without the dispatcher (or watched by explain()): notes and checks each call, then runs it."""
+
+    def __init__(self, kernels: Any, chosen: Candidate, table: list[Candidate]) -> None:
+        self.kernels, self.chosen, self.table = kernels, chosen, table
+
+    @property
+    def is_formula(self) -> bool:
+        """True if torch's autograd differentiates what runs."""
+        return self.chosen.backend == "reference"
+
+    def __getattr__(self, op: str) -> Any:
+        from . import ops
+
+        def call(*args: Any) -> Any:
+            if _state.record is not None:
+                _state.record.append(Call(op, self.chosen, self.table, _copies(args)))
+            ops.check(op, args)
+            return getattr(self.kernels, op)(*args)
+
+        return call
+
+
+def _copies(args: tuple[Any, ...]) -> list[str]:
+    """Which inputs are copied because their rows are not contiguous."""
+    ndim = next(arg for arg in args if type(arg) is int)
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.shape == args[0].shape and arg.numel()]
+    scattered = [not t[(0,) * (t.dim() - ndim)].is_contiguous() for t in tensors]
+    return [f"tensor {i} is copied once: its rows are not contiguous" for i, copied in enumerate(scattered) if copied]
+
+
+def is_plain() -> bool:
+    """True when nothing overrides the dispatcher and nobody records: the fast path."""
+    return _plain
+
+
+def kernels(input: torch.Tensor) -> Direct:
+    """The namespace that serves a call on this input, when not is_plain()."""
+    chosen, table = choose(input.device, input.dtype)
+    auto = _state.backend == "auto" and chosen.backend != "reference"
+    return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)
+
+
+def formula(input: torch.Tensor) -> Direct:
+    """The reference as a namespace."""
+    chosen = Candidate("reference", "torch")
+    return Direct(_namespace(chosen), chosen, candidates(input.device, input.dtype))

@@ -1,0 +1,26 @@
+"""Every op once more in plain PyTorch: the formula that the kernels are proved against, and that serves double
+backward and devices without a kernel. Differentiable, any dtype, any device, no speed claimed."""
+
+from .norm import (
+    add_layer_norm,
+    add_layer_norm_backward,
+    add_rms_norm,
+    add_rms_norm_backward,
+    dropout_factor,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+
+__all__ = [
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "dropout_factor",
+    "layer_norm",
+    "layer_norm_backward",
+    "rms_norm",
+    "rms_norm_backward",
+]
