@@ -6,6 +6,7 @@ Environment: HANDTUNED_CUDA=auto|on|off, HANDTUNED_EMULATE=1 (test builds), CMAK
 import importlib.util
 import os
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -23,12 +24,16 @@ def find_torch() -> Path:
     """The torch the user has: also from inside pip's build isolation, which hides the environment it installs into."""
     spec = importlib.util.find_spec("torch")
     candidates = [Path(spec.origin).parent] if spec and spec.origin else []
-    candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    folders.append(sysconfig.get_path("purelib", vars={"base": sys.base_prefix}))  # a venv with system site packages
+    candidates += [Path(folder) / "torch" for folder in folders]
     for torch in candidates:
         if (torch / "version.py").exists():
             return torch
-    sys.exit("handtuned is built against your own torch and found none: run `pip install torch`, then this again "
-             "(with --no-build-isolation where the installer builds in a separate environment).")
+    sys.exit(
+        "handtuned is built against your own torch and found none: run `pip install torch`, then this again "
+        "(with --no-build-isolation where the installer builds in a separate environment)."
+    )
 
 
 def torch_version(torch: Path) -> str:
@@ -41,7 +46,7 @@ def torch_version(torch: Path) -> str:
 
 
 def tool(name: str) -> str:
-    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     return path or sys.exit(f"handtuned needs {name} to build: run `pip install {name}`.")
 
 
@@ -55,18 +60,33 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = tool("cmake"), tool("ninja")
-        subprocess.run([
-            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}", f"-DHANDTUNED_TORCH_DIR={torch}",
-            f"-DHANDTUNED_TORCH_VERSION={torch_version(torch)}",
-            f"-DHANDTUNED_CUDA={os.environ.get('HANDTUNED_CUDA', 'auto')}",
-            f"-DHANDTUNED_EMULATE={os.environ.get('HANDTUNED_EMULATE', '0')}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
-        ], check=True)
+        subprocess.run(
+            [
+                cmake,
+                "-S",
+                str(ROOT),
+                "-B",
+                str(build),
+                "-G",
+                "Ninja",
+                f"-DCMAKE_MAKE_PROGRAM={ninja}",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+                f"-DHANDTUNED_TORCH_DIR={torch}",
+                f"-DHANDTUNED_TORCH_VERSION={torch_version(torch)}",
+                f"-DHANDTUNED_CUDA={os.environ.get('HANDTUNED_CUDA', 'auto')}",
+                f"-DHANDTUNED_EMULATE={os.environ.get('HANDTUNED_EMULATE', '0')}",
+                *os.environ.get("CMAKE_ARGS", "").split(),
+            ],
+            check=True,
+        )
         jobs = os.environ.get("MAX_JOBS")
         subprocess.run([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])], check=True)
         print(f"handtuned: kernels built in {time.time() - started:.0f} s")
 
+
+if {"dist_info", "bdist_wheel", "editable_wheel"} & set(sys.argv):
+    torch_version(find_torch())  # say so before pip resolves, and downloads, the dependencies
 
 setup(ext_modules=[Extension("handtuned._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

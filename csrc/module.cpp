@@ -42,9 +42,7 @@ py::list isa_table() {
   return table;
 }
 
-double seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Best of `repeats`: a limit is what the machine can do when nothing disturbs it.
 template <class F>
@@ -63,8 +61,10 @@ double copy_bandwidth(int megabytes) {
   constexpr int64_t kBlock = 1 << 20;
   const int64_t blocks = megabytes;
   if (megabytes < 1) throw std::invalid_argument("megabytes must be at least 1");
-  std::unique_ptr<char, decltype(&std::free)> src(static_cast<char*>(std::aligned_alloc(4096, blocks * kBlock)), std::free);
-  std::unique_ptr<char, decltype(&std::free)> dst(static_cast<char*>(std::aligned_alloc(4096, blocks * kBlock)), std::free);
+  std::unique_ptr<char, decltype(&std::free)> src(static_cast<char*>(std::aligned_alloc(4096, blocks * kBlock)),
+                                                  std::free);
+  std::unique_ptr<char, decltype(&std::free)> dst(static_cast<char*>(std::aligned_alloc(4096, blocks * kBlock)),
+                                                  std::free);
   if (!src || !dst) throw std::bad_alloc();
   std::fill_n(src.get(), blocks * kBlock, char(1));
   std::fill_n(dst.get(), blocks * kBlock, char(1));
@@ -72,10 +72,13 @@ double copy_bandwidth(int megabytes) {
     char *dst, *src;
   } job{dst.get(), src.get()};
   double time = best_time(7, [&] {
-    parallel_range(blocks, 1, [](int64_t begin, int64_t end, void* context) {
-      Job* job = static_cast<Job*>(context);
-      kernels().copy(job->dst + begin * kBlock, job->src + begin * kBlock, (end - begin) * kBlock);
-    }, &job);
+    parallel_range(
+        blocks, 1,
+        [](int64_t begin, int64_t end, void* context) {
+          Job* job = static_cast<Job*>(context);
+          kernels().copy(job->dst + begin * kBlock, job->src + begin * kBlock, (end - begin) * kBlock);
+        },
+        &job);
   });
   return 2.0 * double(blocks * kBlock) / time / 1e9;
 }

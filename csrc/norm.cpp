@@ -1,11 +1,12 @@
 // Norm family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
 #include "norm.h"
 
-#include <torch/csrc/stable/library.h>
-
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <tuple>
 
+#include "boxing.h"
 #include "cpu/dispatch.h"
 #include "tensor.h"
 
@@ -21,8 +22,8 @@ struct Shape2d {
 Shape2d shape_of(const char* op, const Tensor& input, int64_t normalized_ndim) {
   const Shape sizes = input.sizes();
   const int64_t ndim = int64_t(sizes.size());
-  check(normalized_ndim >= 1 && normalized_ndim <= ndim, op, "normalized_ndim is ", normalized_ndim,
-        ", the limits are 1 and the ", ndim, " dims of input; pass the number of trailing dims to normalise over");
+  HT_CHECK(normalized_ndim >= 1 && normalized_ndim <= ndim, op, "normalized_ndim is ", normalized_ndim,
+           ", the limits are 1 and the ", ndim, " dims of input; pass the number of trailing dims to normalise over");
   Shape2d shape;
   for (int64_t d = 0; d < ndim; ++d) (d < ndim - normalized_ndim ? shape.rows : shape.cols) *= sizes[d];
   shape.normalized_shape = Shape(sizes.data() + ndim - normalized_ndim, normalized_ndim);
@@ -35,11 +36,11 @@ bool equal(Shape a, Shape b) {
 
 // Same shape, dtype and device as input.
 void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  check(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
-  check(equal(tensor.sizes(), input.sizes()), op, name, " has shape ", to_string(tensor.sizes()),
-        ", expected the shape of input, ", to_string(input.sizes()), "; expand or reshape it first");
-  check(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()), ", input is ",
-        to_string(input.scalar_type()), "; convert one with .to()");
+  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  HT_CHECK(equal(tensor.sizes(), input.sizes()), op, name, " has shape ", to_string(tensor.sizes()),
+           ", expected the shape of input, ", to_string(input.sizes()), "; expand or reshape it first");
+  HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
+           ", input is ", to_string(input.scalar_type()), "; convert one with .to()");
 }
 
 // A parameter of shape normalized_shape, of input's dtype or float32 beside 16 bits; contiguous in `holder`.
@@ -48,13 +49,14 @@ const void* parameter(const char* op, const char* name, const OptionalTensor& gi
   if (!given) return nullptr;
   const ScalarType own = given->scalar_type(), of_input = input.scalar_type();
   const bool sixteen_bit = of_input == ScalarType::BFloat16 || of_input == ScalarType::Half;
-  check(given->is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
-  check(equal(given->sizes(), shape.normalized_shape), op, name, " has shape ", to_string(given->sizes()),
-        ", expected normalized_shape ", to_string(shape.normalized_shape), "; pass a ", name, " of that shape");
-  check(own == of_input || (sixteen_bit && own == ScalarType::Float), op, name, " is ", to_string(own),
-        ", allowed beside a ", to_string(of_input), " input: ", to_string(of_input),
-        sixteen_bit ? " and float32" : "", "; convert it with .to()");
-  holder = given->is_contiguous() ? *given : torch::stable::contiguous(*given);
+  HT_CHECK(given->is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  HT_CHECK(equal(given->sizes(), shape.normalized_shape), op, name, " has shape ", to_string(given->sizes()),
+           ", expected normalized_shape ", to_string(shape.normalized_shape), "; pass a ", name, " of that shape");
+  HT_CHECK(own == of_input || (sixteen_bit && own == ScalarType::Float), op, name, " is ", to_string(own),
+           ", allowed beside a ", to_string(of_input), " input: ", to_string(of_input),
+           sixteen_bit ? " and float32" : "", "; convert it with .to()");
+  if (given->is_contiguous()) return given->data_ptr();
+  holder = contiguous(*given);
   return holder->data_ptr();
 }
 
@@ -62,13 +64,23 @@ ScalarType statistics_dtype(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Fills a contiguous tensor that holds no rows' worth of results.
+void fill(const Tensor& tensor, double value) {
+  const int64_t n = tensor.numel();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double: std::fill_n(static_cast<double*>(tensor.data_ptr()), n, value); break;
+    case ScalarType::Float: std::fill_n(static_cast<float*>(tensor.data_ptr()), n, float(value)); break;
+    default: std::memset(tensor.data_ptr(), 0, n * size_of(tensor.scalar_type()));  // 16 bits: only ever zeros
+  }
+}
+
 Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
-  check(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
+  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
   if (p == 0) return {};
-  check(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
-  check(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
-        to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
-        ", expected one int64 element on the device of input; draw it with torch.randint");
+  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
+  HT_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
+           to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
+           ", expected one int64 element on the device of input; draw it with torch.randint");
   uint64_t key;
   std::memcpy(&key, seed->data_ptr(), sizeof key);
   return {p, key};
@@ -79,10 +91,12 @@ Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
 struct ForwardOutputs {
   Tensor output;
   OptionalTensor new_residual;
-  Tensor stats;  // [2, rows] with centre, else [rows]
+  OptionalTensor stats;  // [2, rows] with centre, else [rows]
 };
 
-ForwardOutputs run_forward(const char* op, bool centre, const Tensor& input, const OptionalTensor& residual,
+enum class Stats { keep, drop };  // dropped in inference: a tensor less to allocate
+
+ForwardOutputs run_forward(const char* op, bool centre, Stats stats, const Tensor& input, const Tensor* residual,
                            int64_t normalized_ndim, const OptionalTensor& weight, const OptionalTensor& bias,
                            double eps, Dropout dropout) {
   NormForward p{};
@@ -90,7 +104,7 @@ ForwardOutputs run_forward(const char* op, bool centre, const Tensor& input, con
   p.centre = centre;
   p.eps = eps;
   p.dropout = dropout;
-  check(eps > 0, op, "eps is ", eps, ", the limit is eps > 0; torch's default is 1e-5");
+  HT_CHECK(eps > 0, op, "eps is ", eps, ", the limit is eps > 0; torch's default is 1e-5");
   const Shape2d shape = shape_of(op, input, normalized_ndim);
   p.rows = shape.rows;
   p.cols = shape.cols;
@@ -98,56 +112,71 @@ ForwardOutputs run_forward(const char* op, bool centre, const Tensor& input, con
   OptionalTensor weight_holder, bias_holder, input_holder, residual_holder;
   p.weight = parameter(op, "weight", weight, input, shape, weight_holder);
   p.bias = parameter(op, "bias", bias, input, shape, bias_holder);
-  check(!weight || !bias || weight->scalar_type() == bias->scalar_type(), op,
-        "weight and bias differ in dtype; convert one with .to()");
+  HT_CHECK(!weight || !bias || weight->scalar_type() == bias->scalar_type(), op,
+           "weight and bias differ in dtype; convert one with .to()");
   p.weight_dtype = weight ? dtype_of(op, "weight", *weight) : bias ? dtype_of(op, "bias", *bias) : p.dtype;
 
-  ForwardOutputs out{empty(input.sizes(), input.scalar_type()), std::nullopt,
-                     centre ? empty({2, p.rows}, statistics_dtype(input)) : empty({p.rows}, statistics_dtype(input))};
+  ForwardOutputs out{empty(input.sizes(), input.scalar_type()), std::nullopt, std::nullopt};
   if (residual) out.new_residual = empty(input.sizes(), input.scalar_type());
+  if (stats == Stats::keep)
+    out.stats = centre ? empty({2, p.rows}, statistics_dtype(input)) : empty({p.rows}, statistics_dtype(input));
   if (p.rows == 0) return out;
   if (p.cols == 0) {  // no elements, so no statistics either
-    torch::stable::fill_(out.stats, std::numeric_limits<double>::quiet_NaN());
+    if (out.stats) fill(*out.stats, std::numeric_limits<double>::quiet_NaN());
     return out;
   }
   p.input = strided_rows(input, normalized_ndim, input_holder);
   if (residual) p.residual = strided_rows(*residual, normalized_ndim, residual_holder);
   p.output = out.output.data_ptr();
-  p.new_residual = data_or_null(out.new_residual);
-  char* stats = static_cast<char*>(out.stats.data_ptr());
-  p.mean = centre ? stats : nullptr;
-  p.rstd = centre ? stats + p.rows * out.stats.element_size() : stats;
+  p.new_residual = residual ? out.new_residual->data_ptr() : nullptr;
+  if (out.stats) {
+    char* saved = static_cast<char*>(out.stats->data_ptr());
+    p.mean = centre ? saved : nullptr;
+    p.rstd = centre ? saved + p.rows * size_of(out.stats->scalar_type()) : saved;
+  }
   kernels().norm_forward(p);
   return out;
 }
 
 std::tuple<Tensor, Tensor> layer_norm(const Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                                       const OptionalTensor& bias, double eps) {
-  auto out = run_forward("layer_norm", true, input, {}, normalized_ndim, weight, bias, eps, {});
-  return {out.output, out.stats};
+  auto out = run_forward("layer_norm", true, Stats::keep, input, nullptr, normalized_ndim, weight, bias, eps, {});
+  return {std::move(out.output), std::move(*out.stats)};
+}
+
+Tensor layer_norm_inference(const Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
+                            const OptionalTensor& bias, double eps) {
+  return run_forward("layer_norm_inference", true, Stats::drop, input, nullptr, normalized_ndim, weight, bias, eps, {})
+      .output;
 }
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight,
                                     double eps) {
-  auto out = run_forward("rms_norm", false, input, {}, normalized_ndim, weight, {}, eps, {});
-  return {out.output, out.stats};
+  auto out = run_forward("rms_norm", false, Stats::keep, input, nullptr, normalized_ndim, weight, {}, eps, {});
+  return {std::move(out.output), std::move(*out.stats)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual,
-                                                  int64_t normalized_ndim, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, double eps, double dropout_p,
-                                                  const OptionalTensor& seed) {
+Tensor rms_norm_inference(const Tensor& input, int64_t normalized_ndim, const OptionalTensor& weight, double eps) {
+  return run_forward("rms_norm_inference", false, Stats::drop, input, nullptr, normalized_ndim, weight, {}, eps, {})
+      .output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, const Tensor& residual, int64_t normalized_ndim,
+                                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                  double dropout_p, const OptionalTensor& seed) {
   const char* op = "add_layer_norm";
-  auto out = run_forward(op, true, input, residual, normalized_ndim, weight, bias, eps, dropout_of(op, dropout_p, seed));
-  return {out.output, *out.new_residual, out.stats};
+  auto out = run_forward(op, true, Stats::keep, input, &residual, normalized_ndim, weight, bias, eps,
+                         dropout_of(op, dropout_p, seed));
+  return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& input, const Tensor& residual, int64_t normalized_ndim,
                                                 const OptionalTensor& weight, double eps, double dropout_p,
                                                 const OptionalTensor& seed) {
   const char* op = "add_rms_norm";
-  auto out = run_forward(op, false, input, residual, normalized_ndim, weight, {}, eps, dropout_of(op, dropout_p, seed));
-  return {out.output, *out.new_residual, out.stats};
+  auto out = run_forward(op, false, Stats::keep, input, &residual, normalized_ndim, weight, {}, eps,
+                         dropout_of(op, dropout_p, seed));
+  return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -178,11 +207,11 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
   OptionalTensor weight_holder, grad_holder, input_holder, extra_holder;
   p.weight = parameter(op, "weight", weight, input, shape, weight_holder);
   p.weight_dtype = weight ? dtype_of(op, "weight", *weight) : p.dtype;
-  check(stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == statistics_dtype(input) &&
-            stats.numel() == p.rows * (centre ? 2 : 1),
-        op, "the saved statistics are ", to_string(stats.scalar_type()), " of shape ", to_string(stats.sizes()),
-        ", expected ", to_string(statistics_dtype(input)), " with ", centre ? 2 : 1, " x ", p.rows,
-        " elements; pass what the forward returned");
+  HT_CHECK(stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == statistics_dtype(input) &&
+               stats.numel() == p.rows * (centre ? 2 : 1),
+           op, "the saved statistics are ", to_string(stats.scalar_type()), " of shape ", to_string(stats.sizes()),
+           ", expected ", to_string(statistics_dtype(input)), " with ", centre ? 2 : 1, " x ", p.rows,
+           " elements; pass what the forward returned");
 
   const ScalarType weight_type = weight ? weight->scalar_type() : input.scalar_type();
   const bool any_input = needs.normalised || needs.dropped;
@@ -191,8 +220,8 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
                       empty_if(needs.weight, shape.normalized_shape, weight_type),
                       empty_if(needs.bias, shape.normalized_shape, weight_type)};
   if (p.rows == 0 || p.cols == 0) {  // a sum over no rows is zero
-    if (needs.weight) torch::stable::zero_(out.weight);
-    if (needs.bias) torch::stable::zero_(out.bias);
+    if (needs.weight) fill(out.weight, 0);
+    if (needs.bias) fill(out.bias, 0);
     return out;
   }
   p.grad_output = strided_rows(grad_output, normalized_ndim, grad_holder);
@@ -200,7 +229,7 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
   if (grad_new_residual) p.grad_new_residual = strided_rows(*grad_new_residual, normalized_ndim, extra_holder);
   const char* saved = static_cast<const char*>(stats.data_ptr());
   p.mean = centre ? saved : nullptr;
-  p.rstd = centre ? saved + p.rows * stats.element_size() : saved;
+  p.rstd = centre ? saved + p.rows * size_of(stats.scalar_type()) : saved;
   p.grad_normalised = any_input ? out.normalised.data_ptr() : nullptr;
   p.grad_dropped = needs.dropped ? out.dropped.data_ptr() : nullptr;
   p.grad_weight = needs.weight ? out.weight.data_ptr() : nullptr;
@@ -213,11 +242,11 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_output, const Tensor& input,
                                                        int64_t normalized_ndim, const Tensor& stats,
-                                                       const OptionalTensor& weight, bool need_input,
-                                                       bool need_weight, bool need_bias) {
+                                                       const OptionalTensor& weight, bool need_input, bool need_weight,
+                                                       bool need_bias) {
   auto out = run_backward("layer_norm_backward", true, grad_output, {}, input, normalized_ndim, stats, weight, {},
                           {need_input, false, need_weight, need_bias});
-  return {out.normalised, out.weight, out.bias};
+  return {std::move(out.normalised), std::move(out.weight), std::move(out.bias)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Tensor& input, int64_t normalized_ndim,
@@ -225,7 +254,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_output, const Te
                                              bool need_weight) {
   auto out = run_backward("rms_norm_backward", false, grad_output, {}, input, normalized_ndim, rstd, weight, {},
                           {need_input, false, need_weight, false});
-  return {out.normalised, out.weight};
+  return {std::move(out.normalised), std::move(out.weight)};
 }
 
 // Without dropout the gradients of input and residual are the same values: grad_residual carries them for both.
@@ -242,31 +271,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
   const Dropout dropout = dropout_of(op, dropout_p, seed);
   auto out = run_backward(op, true, grad_output, grad_new_residual, new_residual, normalized_ndim, stats, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, need_bias));
-  return {out.dropped, out.normalised, out.weight, out.bias};
+  return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight), std::move(out.bias)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(
-    const Tensor& grad_output, const OptionalTensor& grad_new_residual, const Tensor& new_residual,
-    int64_t normalized_ndim, const Tensor& rstd, const OptionalTensor& weight, double dropout_p,
-    const OptionalTensor& seed, bool need_input, bool need_residual, bool need_weight) {
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const Tensor& grad_output,
+                                                         const OptionalTensor& grad_new_residual,
+                                                         const Tensor& new_residual, int64_t normalized_ndim,
+                                                         const Tensor& rstd, const OptionalTensor& weight,
+                                                         double dropout_p, const OptionalTensor& seed, bool need_input,
+                                                         bool need_residual, bool need_weight) {
   const char* op = "add_rms_norm_backward";
   const Dropout dropout = dropout_of(op, dropout_p, seed);
   auto out = run_backward(op, false, grad_output, grad_new_residual, new_residual, normalized_ndim, rstd, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, false));
-  return {out.dropped, out.normalised, out.weight};
+  return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
-  m.impl("layer_norm", TORCH_BOX(&layer_norm));
-  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward));
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
-  m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
-  m.impl("add_layer_norm_backward", TORCH_BOX(&add_layer_norm_backward));
-  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
+  m.impl("layer_norm", HT_BOX(layer_norm));
+  m.impl("layer_norm_inference", HT_BOX(layer_norm_inference));
+  m.impl("layer_norm_backward", HT_BOX(layer_norm_backward));
+  m.impl("rms_norm", HT_BOX(rms_norm));
+  m.impl("rms_norm_inference", HT_BOX(rms_norm_inference));
+  m.impl("rms_norm_backward", HT_BOX(rms_norm_backward));
+  m.impl("add_layer_norm", HT_BOX(add_layer_norm));
+  m.impl("add_layer_norm_backward", HT_BOX(add_layer_norm_backward));
+  m.impl("add_rms_norm", HT_BOX(add_rms_norm));
+  m.impl("add_rms_norm_backward", HT_BOX(add_rms_norm_backward));
 }
 
 }  // namespace handtuned

@@ -10,19 +10,19 @@ namespace handtuned {
 // y = (h - mean) * rstd * weight + bias,  h = x  or  round(dropout(x) + residual)
 struct NormForward {
   int64_t rows, cols;
-  DType dtype;          // of input, residual, output, new_residual
-  DType weight_dtype;   // of weight and bias: dtype, or f32 beside a 16-bit dtype
-  bool centre;          // LayerNorm subtracts the mean, RMSNorm does not
+  DType dtype;         // of input, residual, output, new_residual
+  DType weight_dtype;  // of weight and bias: dtype, or f32 beside a 16-bit dtype
+  bool centre;         // LayerNorm subtracts the mean, RMSNorm does not
   double eps;
   Dropout dropout;
-  StridedRows input;    // [rows, cols]
-  StridedRows residual; // [rows, cols] or absent
-  const void* weight;   // [cols] or nullptr (ones)
-  const void* bias;     // [cols] or nullptr (zeros)
-  void* output;         // [rows, cols] contiguous
-  void* new_residual;   // [rows, cols] contiguous, nullptr without residual
-  void* mean;           // [rows] f32 (f64 for f64), nullptr without centre
-  void* rstd;           // [rows] likewise
+  StridedRows input;     // [rows, cols]
+  StridedRows residual;  // [rows, cols] or absent
+  const void* weight;    // [cols] or nullptr (ones)
+  const void* bias;      // [cols] or nullptr (zeros)
+  void* output;          // [rows, cols] contiguous
+  void* new_residual;    // [rows, cols] contiguous, nullptr without residual
+  void* mean;            // [rows] f32 (f64 for f64), nullptr without centre
+  void* rstd;            // [rows] likewise
 };
 
 // dxhat = dy * weight, dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)) + grad_new_residual

@@ -1,5 +1,6 @@
 // Every op's schema. The last normalized_ndim dims of input are normalised together; stats is [2, rows] (mean, rstd),
-// rstd is [rows]; both float32 (float64 for float64). A need_* that is false gives a gradient of shape [0].
+// rstd is [rows]; both float32 (float64 for float64). A _inference op is the same without
+// them, a tensor less to allocate. A need_* that is false gives a gradient of shape [0].
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(handtuned, m) {
@@ -7,12 +8,18 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "layer_norm(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps)"
       " -> (Tensor output, Tensor stats)");
   m.def(
+      "layer_norm_inference(Tensor input, int normalized_ndim, Tensor? weight, Tensor? bias, float eps)"
+      " -> Tensor output");
+  m.def(
       "layer_norm_backward(Tensor grad_output, Tensor input, int normalized_ndim, Tensor stats, Tensor? weight,"
       " bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def(
       "rms_norm(Tensor input, int normalized_ndim, Tensor? weight, float eps)"
       " -> (Tensor output, Tensor rstd)");
+  m.def(
+      "rms_norm_inference(Tensor input, int normalized_ndim, Tensor? weight, float eps)"
+      " -> Tensor output");
   m.def(
       "rms_norm_backward(Tensor grad_output, Tensor input, int normalized_ndim, Tensor rstd, Tensor? weight,"
       " bool need_input, bool need_weight)"

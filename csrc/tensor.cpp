@@ -1,8 +1,7 @@
 #include "tensor.h"
 
 #include <sys/mman.h>
-
-#include <stdexcept>
+#include <torch/csrc/stable/ops.h>
 
 namespace handtuned {
 
@@ -34,6 +33,13 @@ std::string to_string(ScalarType dtype) {
     case ScalarType::Double: return "float64";
     case ScalarType::BFloat16: return "bfloat16";
     case ScalarType::Half: return "float16";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    case ScalarType::Float8_e4m3fn: return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2: return "float8_e5m2";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
@@ -48,33 +54,48 @@ DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::f16;
     default:
-      check(false, op, argument, " is ", to_string(tensor.scalar_type()),
-            ", supported are float32, float64, bfloat16 and float16; convert it with .to()");
-      return DType::f32;
+      fail(op, argument, " is ", to_string(tensor.scalar_type()),
+           ", supported are float32, float64, bfloat16 and float16; convert it with .to()");
   }
 }
 
 Tensor empty(Shape sizes, ScalarType dtype) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());
-  check(ndim <= 64, "empty", "a tensor of ", ndim, " dims, the limit is 64");
+  HT_CHECK(ndim <= 64, "empty", "a tensor of ", ndim, " dims, the limit is 64");
   for (int64_t d = ndim - 1; d >= 0; --d) {
     strides[d] = n;
     n *= sizes[d] > 1 ? sizes[d] : 1;
   }
   AtenTensorHandle handle;
-  int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(ndim, sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(ndim, sizes.data(), strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
-  size_t bytes = size_t(n) * tensor.element_size();
+  const size_t bytes = size_t(n) * size_of(dtype);
   if (bytes >= kAskForHugePages) advise_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 
+Tensor contiguous(const Tensor& tensor) {
+  AtenTensorHandle shared, copy;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &shared));
+  torch::stable::Tensor result = torch::stable::contiguous(torch::stable::Tensor(shared));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &copy));
+  return Tensor(copy);
+}
+
 StridedRows strided_rows(const Tensor& tensor, int64_t row_ndim, OptionalTensor& holder) {
-  const Shape sizes = tensor.sizes(), strides = tensor.strides();
+  const Shape sizes = tensor.sizes();
   const int64_t outer = int64_t(sizes.size()) - row_ndim;
+  if (tensor.is_contiguous()) {
+    StridedRows rows;
+    rows.data = tensor.data_ptr();
+    rows.ndim = 1;
+    rows.stride[0] = 1;
+    for (int64_t d = outer; d < int64_t(sizes.size()); ++d) rows.stride[0] *= sizes[d];
+    return rows;
+  }
+  const Shape strides = tensor.strides();
   int64_t cols = 1;
   bool contiguous_row = true;
   for (int64_t d = int64_t(sizes.size()) - 1; d >= outer; --d) {
@@ -96,7 +117,7 @@ StridedRows strided_rows(const Tensor& tensor, int64_t row_ndim, OptionalTensor&
     }
   }
   if (!contiguous_row) {
-    holder = torch::stable::contiguous(tensor);
+    holder = contiguous(tensor);
     return strided_rows(*holder, row_ndim, holder);
   }
   if (rows.ndim == 0) {  // a single row

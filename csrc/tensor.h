@@ -1,34 +1,77 @@
-// Helpers of the skin: what every op does with tensors before and after the kernel. Stable ABI only.
+// What the skin needs of a tensor, on the stable ABI: a handle, its sizes, an allocation, an error.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "params.h"
 
 namespace handtuned {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
-std::string to_string(Shape shape);        // "[2, 3]"
-std::string to_string(ScalarType dtype);   // "bfloat16"
+// Owns one handle and moves it. torch::stable::Tensor shares its handle through a shared_ptr, whose allocations and
+// counts are a tenth of a small op's whole time.
+class Tensor {
+ public:
+  explicit Tensor(AtenTensorHandle handle) : handle_(handle) {}
+  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
+  ~Tensor() {
+    if (handle_) aoti_torch_delete_tensor_object(handle_);
+  }
+
+  AtenTensorHandle get() const { return handle_; }
+  AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
+
+  int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
+  Shape sizes() const { return Shape(ask<int64_t*>(aoti_torch_get_sizes), dim()); }
+  Shape strides() const { return Shape(ask<int64_t*>(aoti_torch_get_strides), dim()); }
+  void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
+  ScalarType scalar_type() const { return ScalarType(ask<int32_t>(aoti_torch_get_dtype)); }
+  bool is_cpu() const { return ask<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+
+ private:
+  template <class Result, class Getter>
+  Result ask(Getter getter) const {
+    Result result;
+    TORCH_ERROR_CODE_CHECK(getter(handle_, &result));
+    return result;
+  }
+
+  AtenTensorHandle handle_;
+};
+
+using OptionalTensor = std::optional<Tensor>;
+
+std::string to_string(Shape shape);       // "[2, 3]"
+std::string to_string(ScalarType dtype);  // "bfloat16"
 
 // Throws "handtuned.<op>: <message>", which Python sees as a RuntimeError.
 template <class... Parts>
-void check(bool ok, const char* op, const Parts&... parts) {
-  if (ok) return;
+[[noreturn]] void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
   message << "handtuned." << op << ": ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// The message is put together only when the check fails.
+#define HT_CHECK(ok, ...) \
+  if (!(ok)) fail(__VA_ARGS__)
 
 // The kernels' element type; an error that lists the supported ones for any other.
 DType dtype_of(const char* op, const char* argument, const Tensor& tensor);
@@ -37,7 +80,11 @@ DType dtype_of(const char* op, const char* argument, const Tensor& tensor);
 // several times as long as a norm needs to fill it.
 Tensor empty(Shape sizes, ScalarType dtype);
 
-inline void* data_or_null(const OptionalTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+Tensor contiguous(const Tensor& tensor);
+
+inline size_t size_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Long ? 8 : 2;
+}
 
 // The tensor as rows of its last `row_ndim` dims. Where a row is not contiguous in memory (or more than
 // StridedRows::kMaxDims outer strides remain), `holder` takes one contiguous copy and the rows point into that.

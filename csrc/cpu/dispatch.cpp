@@ -70,8 +70,8 @@ const Kernels& find(const std::string& name, const char* asked_by) {
     if (name == isa.name) return *isa.kernels;
     usable += (usable.empty() ? "" : ", ") + std::string(isa.name);
   }
-  throw std::invalid_argument(std::string(asked_by) + "=" + name + " is not usable on this machine; use one of: " +
-                              usable);
+  throw std::invalid_argument(std::string(asked_by) + "=" + name +
+                              " is not usable on this machine; use one of: " + usable);
 }
 
 const Kernels& choose() {

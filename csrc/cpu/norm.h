@@ -34,6 +34,9 @@ namespace handtuned::HANDTUNED_ISA {
 // Outputs of this many bytes and more are written past the caches (below it a consumer still finds them there).
 inline constexpr int64_t kStreamBytes = 8 << 20;
 inline constexpr int64_t kElementsPerTask = 16384;
+inline constexpr int64_t kRowBlock = kNormRowBlock;
+// Rows of at most this many bytes (as float or double) go forward in blocks: a block's buffer still fits L1.
+inline constexpr int64_t kShortRow = 4 << 10;
 
 // Scratch that lives for one task: on the stack for ordinary rows, 64-byte aligned.
 template <class A>
@@ -51,6 +54,9 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
+// cols rounded up to what dropout_row() writes.
+inline int64_t dropout_pitch(int64_t cols) { return (cols + kDropoutBlock - 1) / kDropoutBlock * kDropoutBlock; }
+
 template <class T>
 HT_INLINE T* row_of(const StridedRows& rows, int64_t i) {
   T* p = static_cast<T*>(rows.data);
@@ -62,169 +68,197 @@ HT_INLINE T* row_of(const StridedRows& rows, int64_t i) {
   return p;
 }
 
-// A [cols] parameter as A*: in place when it has that type, else converted into `scratch`; `fill` when absent.
-template <class A>
-const A* parameter(const void* p, DType dtype, int64_t cols, A fill, A* scratch) {
-  auto convert = [&](auto* from) {
-    sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA { part.store(scratch + c, part.load(from + c)); });
+// A [cols] parameter as A*: in place when it has that type already, else converted into `scratch`; `fill` if absent.
+// Beside bf16 rows a float32 parameter is copied all the same, for the sake of its NaNs (see round_bf16).
+template <class T>
+const Accumulate<T>* parameter(const void* p, DType dtype, int64_t cols, Accumulate<T> fill, Accumulate<T>* scratch) {
+  using A = Accumulate<T>;
+  auto convert = [&](auto value_at) HT_LAMBDA {
+    sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA { part.store(scratch + c, value_at(c, part)); });
     return scratch;
   };
-  if (!p) {
-    sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA { part.store(scratch + c, broadcast(fill)); });
-    return scratch;
-  }
-  if constexpr (sizeof(A) == sizeof(float)) {
-    if (dtype == DType::bf16) return convert(static_cast<const bf16*>(p));
-    if (dtype == DType::f16) return convert(static_cast<const f16*>(p));
+  if (!p) return convert([&](int64_t, auto) HT_LAMBDA { return broadcast(fill); });
+  if constexpr (sizeof(T) == 2) {
+    auto of = [&](auto* from) { return convert([&](int64_t c, auto part) HT_LAMBDA { return part.load(from + c); }); };
+    if (dtype == DType::bf16) return of(static_cast<const bf16*>(p));
+    if (dtype == DType::f16) return of(static_cast<const f16*>(p));
+    const float* from = static_cast<const float*>(p);
+    return convert([&](int64_t c, auto part) HT_LAMBDA { return clean_nan(part.load(from + c)); });
   }
   return static_cast<const A*>(p);
 }
 
+// Whether outputs a and b (b may be nullptr) are large enough, and aligned, for stores past the caches.
 template <class T>
-bool streams(const NormForward& p) {
-  bool aligned = p.cols * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(p.output) % 64 == 0 &&
-                 reinterpret_cast<uintptr_t>(p.new_residual) % 64 == 0;
-  return aligned && p.rows * p.cols * int64_t(sizeof(T)) >= kStreamBytes;
-}
-
-template <class T>
-bool streams(const NormBackward& p) {
-  bool aligned = p.cols * sizeof(T) % 64 == 0 && reinterpret_cast<uintptr_t>(p.grad_normalised) % 64 == 0 &&
-                 reinterpret_cast<uintptr_t>(p.grad_dropped) % 64 == 0;
-  return aligned && p.rows * p.cols * int64_t(sizeof(T)) >= kStreamBytes;
+bool streams(int64_t elements, int64_t cols, const void* a, const void* b) {
+  const bool aligned = cols * sizeof(T) % 64 == 0 && (uintptr_t(a) | uintptr_t(b)) % 64 == 0;
+  return aligned && elements * int64_t(sizeof(T)) >= kStreamBytes;
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 template <class A>
-struct GatheredRow {
-  const A* h;
-  A sum;  // of h with Centre, else of h^2
+struct ForwardRow {
+  const A* h;  // the row as A: the input itself, or its place in the buffer
+  A sum;       // of h (RMSNorm: of h * h)
+  A mean, rstd;
 };
 
 // Pass 1.
-template <class T, bool Centre>
-HT_INLINE GatheredRow<Accumulate<T>> gather_row(const NormForward& p, int64_t i, Accumulate<T>* factor,
-                                                Accumulate<T>* buffer, bool streaming) {
+template <class T, bool Centre, bool Stream>
+HT_INLINE ForwardRow<Accumulate<T>> gather_row(const NormForward& p, int64_t i, Accumulate<T>* buffer,
+                                               Accumulate<T>* factor) {
   using A = Accumulate<T>;
-  vec<A> sum[4] = {};
-  auto add = [&](vec<A> h, int j) HT_LAMBDA { sum[j] += Centre ? h : h * h; };
-
   const T* x = row_of<const T>(p.input, i);
+  Sum<A> sum;
+  auto gather = [&](auto h_at) HT_LAMBDA {
+    sweep_segments<A>(
+        p.cols,
+        [&](int64_t c, auto part, int j) HT_LAMBDA {
+          vec<A> h = h_at(c, part);
+          sum.add(j, Centre ? h : h * h);
+        },
+        [&]() HT_LAMBDA { sum.fold(); });
+  };
   if (p.residual.data) {
     const T* residual = row_of<const T>(p.residual, i);
     T* out = static_cast<T*>(p.new_residual) + i * p.cols;
-    const bool drop = p.dropout.p > 0;
-    if (drop) dropout_row(factor, p.cols, i, p.dropout);
-    sweep<A>(p.cols, [&](int64_t c, auto part, int j) HT_LAMBDA {
-      // h = round(x * factor + residual)
-      vec<A> h = part.load(x + c);
-      if (drop) h *= part.load(factor + c);
-      h = rounded_to(h + part.load(residual + c), x);
-      part.store(out + c, h, streaming);
-      part.store(buffer + c, h);
-      add(h, j);
-    });
-    return {buffer, sum_four(sum)};
+    // h = round(x * factor + residual). A float32 row just stored is read back from there, unless it went past the
+    // caches.
+    constexpr bool read_back = sizeof(T) == sizeof(A) && !Stream;
+    auto keep = [=](int64_t c, auto part, vec<A> h) HT_LAMBDA {
+      part.template store<Stream>(out + c, h);
+      h = rounded_to(h, x);
+      if constexpr (!read_back) part.store(buffer + c, h);
+      return h;
+    };
+    if (p.dropout.p > 0) {
+      dropout_row(factor, p.cols, i, p.dropout);
+      gather([=](int64_t c, auto part) HT_LAMBDA {
+        return keep(c, part, part.load(x + c) * part.load(factor + c) + part.load(residual + c));
+      });
+    } else {
+      gather([=](int64_t c, auto part) HT_LAMBDA { return keep(c, part, part.load(x + c) + part.load(residual + c)); });
+    }
+    if constexpr (read_back) return {out, sum.total(), 0, 0};
+    return {buffer, sum.total(), 0, 0};
   }
   if constexpr (sizeof(T) == sizeof(A)) {
-    sweep<A>(p.cols, [&](int64_t c, auto part, int j) HT_LAMBDA { add(part.load(x + c), j); });
-    return {x, sum_four(sum)};
+    gather([=](int64_t c, auto part) HT_LAMBDA { return part.load(x + c); });
+    return {x, sum.total(), 0, 0};
   } else {
-    sweep<A>(p.cols, [&](int64_t c, auto part, int j) HT_LAMBDA {
+    gather([=](int64_t c, auto part) HT_LAMBDA {
       vec<A> h = part.load(x + c);
       part.store(buffer + c, h);
-      add(h, j);
+      return h;
     });
-    return {buffer, sum_four(sum)};
+    return {buffer, sum.total(), 0, 0};
   }
 }
 
-template <class A>
-struct Moments {
-  A mean, variance;
-};
-
 // Pass 2.
-template <class A>
-HT_INLINE Moments<A> corrected_moments(const A* h, int64_t cols, A sum) {
-  const A mean = sum / A(cols);
-  vec<A> d1[4] = {}, d2[4] = {};
-  sweep<A>(cols, [&](int64_t c, auto part, int j) HT_LAMBDA {
-    // d = h - mean;  d1 += d;  d2 += d * d
-    vec<A> d = part.only(part.load(h + c) - mean);
-    d1[j] += d;
-    d2[j] += d * d;
-  });
-  const A correction = sum_four(d1) / A(cols);
-  return {mean + correction, sum_four(d2) / A(cols) - correction * correction};
+template <bool Centre, class A>
+HT_INLINE void find_statistics(ForwardRow<A>& row, int64_t cols, A eps) {
+  A variance = row.sum / A(cols);
+  row.mean = 0;
+  if constexpr (Centre) {
+    const A mean = row.sum / A(cols);
+    const A* h = row.h;
+    Sum<A> sum, square;
+    sweep_segments<A>(
+        cols,
+        [&](int64_t c, auto part, int j) HT_LAMBDA {
+          // d = h - mean;  sum += d;  square += d * d
+          vec<A> d = part.only(part.load(h + c) - mean);
+          sum.add(j, d);
+          square.add(j, d * d);
+        },
+        [&]() HT_LAMBDA {
+          sum.fold();
+          square.fold();
+        });
+    const A correction = sum.total() / A(cols), excess = correction * correction;
+    row.mean = mean + correction;
+    variance = square.total() / A(cols);
+    if (excess < variance) variance -= excess;  // not so where both overflowed
+  }
+  row.rstd = A(1) / square_root(variance + eps);
 }
 
-template <class T, bool Centre>
+// Pass 3.
+template <class T, bool Centre, bool Stream>
+HT_INLINE void write_output(T* y, const ForwardRow<Accumulate<T>>& row, int64_t cols, const Accumulate<T>* weight,
+                            const Accumulate<T>* bias) {
+  using A = Accumulate<T>;
+  const A *h = row.h, mean = row.mean, rstd = row.rstd;
+  sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA {
+    // y = (h - mean) * rstd * weight + bias
+    vec<A> v = (part.load(h + c) - mean) * rstd * part.load(weight + c);
+    if constexpr (Centre) v += part.load(bias + c);
+    part.template store<Stream>(y + c, v);
+  });
+}
+
+// Rows [begin, end), kRowBlock at a time and pass by pass, so that the latency of one row's sums hides behind the
+// work on the next.
+template <class T, bool Centre, bool Stream>
 void forward_rows(const NormForward& p, const Accumulate<T>* weight, const Accumulate<T>* bias, int64_t begin,
                   int64_t end) {
   using A = Accumulate<T>;
-  Scratch<A> buffer(p.cols), factor(p.dropout.p > 0 ? (p.cols + 63) / 64 * 64 : 0);
-  const bool streaming = streams<T>(p);
-
-  for (int64_t i = begin; i < end; ++i) {
-    auto [h, sum] = gather_row<T, Centre>(p, i, factor.data, buffer.data, streaming);
-    A mean = 0, variance = sum / A(p.cols);
-    if constexpr (Centre) {
-      Moments<A> m = corrected_moments(h, p.cols, sum);
-      mean = m.mean;
-      variance = m.variance;
+  const int64_t pitch = dropout_pitch(p.cols), block = p.cols * int64_t(sizeof(A)) <= kShortRow ? kRowBlock : 1;
+  Scratch<A> buffer(block * pitch), factor(p.dropout.p > 0 ? pitch : 0);
+  ForwardRow<A> row[kRowBlock];
+  for (int64_t i = begin; i < end; i += block) {
+    const int64_t n = end - i < block ? end - i : block;
+    for (int64_t r = 0; r < n; ++r)
+      row[r] = gather_row<T, Centre, Stream>(p, i + r, buffer.data + r * pitch, factor.data);
+    for (int64_t r = 0; r < n; ++r) {
+      find_statistics<Centre>(row[r], p.cols, A(p.eps));
+      if (p.mean) static_cast<A*>(p.mean)[i + r] = row[r].mean;
+      if (p.rstd) static_cast<A*>(p.rstd)[i + r] = row[r].rstd;
     }
-    const A rstd = A(1) / square_root(variance + A(p.eps));
-    if constexpr (Centre) static_cast<A*>(p.mean)[i] = mean;
-    static_cast<A*>(p.rstd)[i] = rstd;
-
-    // Pass 3.  y = (h - mean) * rstd * weight + bias
-    T* y = static_cast<T*>(p.output) + i * p.cols;
-    sweep<A>(p.cols, [&](int64_t c, auto part, int) HT_LAMBDA {
-      vec<A> v = (part.load(h + c) - mean) * rstd * part.load(weight + c);
-      if constexpr (Centre) v += part.load(bias + c);
-      part.store(y + c, v, streaming);
-    });
+    for (int64_t r = 0; r < n; ++r)
+      write_output<T, Centre, Stream>(static_cast<T*>(p.output) + (i + r) * p.cols, row[r], p.cols, weight, bias);
   }
-  if (streaming) stream_fence();
+  if constexpr (Stream) stream_fence();
 }
 
 template <class T, bool Centre>
 void forward(const NormForward& p) {
   using A = Accumulate<T>;
   Scratch<A> weight_scratch(p.cols), bias_scratch(Centre ? p.cols : 0);
-  const A* weight = parameter(p.weight, p.weight_dtype, p.cols, A(1), weight_scratch.data);
-  const A* bias = Centre ? parameter(p.bias, p.weight_dtype, p.cols, A(0), bias_scratch.data) : nullptr;
-  const int64_t grain = kElementsPerTask / p.cols + 1;
-  parallel_for(p.rows, grain, [&](int64_t begin, int64_t end) { forward_rows<T, Centre>(p, weight, bias, begin, end); });
+  const A* weight = parameter<T>(p.weight, p.weight_dtype, p.cols, A(1), weight_scratch.data);
+  const A* bias = Centre ? parameter<T>(p.bias, p.weight_dtype, p.cols, A(0), bias_scratch.data) : nullptr;
+  const bool streaming = streams<T>(p.rows * p.cols, p.cols, p.output, p.new_residual);
+  parallel_for(p.rows, kElementsPerTask / p.cols + 1, [&](int64_t begin, int64_t end) {
+    auto rows = streaming ? forward_rows<T, Centre, true> : forward_rows<T, Centre, false>;
+    rows(p, weight, bias, begin, end);
+  });
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
-// R rows that are worked on together.
-template <class T, int R>
-struct RowBlock {
+template <class T>
+struct BackwardRow {
   using A = Accumulate<T>;
-  const T *grad[R], *h[R];
-  A mean[R], rstd[R];
-  A mean_g[R], mean_gx[R];  // mean(g), mean(g * xhat)
+  const T *grad, *h;
+  A mean, rstd;
+  A mean_g, mean_gx;  // mean(g), mean(g * xhat)
 };
 
-// Pass 1.
+// Pass 1, R rows at once.
 template <class T, bool Centre, int R>
-HT_INLINE void reduce_block(RowBlock<T, R>& b, const Accumulate<T>* weight, int64_t cols, Accumulate<T>* dweight,
-                            Accumulate<T>* dbias) {
+HT_INLINE void reduce_rows(BackwardRow<T>* row, const Accumulate<T>* weight, int64_t cols, Accumulate<T>* dweight,
+                           Accumulate<T>* dbias) {
   using A = Accumulate<T>;
   vec<A> sum_g[R] = {}, sum_gx[R] = {};
   sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA {
-    vec<A> w = part.load(weight + c), dw = part.load(dweight + c), db = {};
-    if constexpr (Centre) db = part.load(dbias + c);
+    vec<A> w = part.load(weight + c), dw = {}, db = {};  // of these R rows, added to the chunk's in one go
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       // xhat = (h - mean) * rstd;  dweight += dy * xhat;  dbias += dy;  g = dy * weight
-      vec<A> dy = part.load(b.grad[r] + c);
-      vec<A> xhat = part.only(part.load(b.h[r] + c) - b.mean[r]) * b.rstd[r];
+      vec<A> dy = part.load(row[r].grad + c);
+      vec<A> xhat = part.only(part.load(row[r].h + c) - row[r].mean) * row[r].rstd;
       vec<A> g = dy * w;
       dw += dy * xhat;
       sum_gx[r] += g * xhat;
@@ -233,101 +267,116 @@ HT_INLINE void reduce_block(RowBlock<T, R>& b, const Accumulate<T>* weight, int6
         sum_g[r] += g;
       }
     }
-    part.store(dweight + c, dw);
-    if constexpr (Centre) part.store(dbias + c, db);
+    part.store(dweight + c, part.load(dweight + c) + dw);
+    if constexpr (Centre) part.store(dbias + c, part.load(dbias + c) + db);
   });
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    b.mean_g[r] = sum_lanes(sum_g[r]) / A(cols);
-    b.mean_gx[r] = sum_lanes(sum_gx[r]) / A(cols);
+    row[r].mean_g = Centre ? sum_lanes(sum_g[r]) / A(cols) : A(0);
+    row[r].mean_gx = sum_lanes(sum_gx[r]) / A(cols);
   }
 }
 
-// Pass 2, row i = row r of the block.
-template <class T, bool Centre, int R>
-HT_INLINE void write_grad(const NormBackward& p, const RowBlock<T, R>& b, int r, int64_t i,
-                          const Accumulate<T>* weight, Accumulate<T>* factor, bool streaming) {
+// Pass 2, row i.
+template <class T, bool Centre, bool Stream>
+HT_INLINE void write_grad(const NormBackward& p, int64_t i, const BackwardRow<T>& row, const Accumulate<T>* weight,
+                          Accumulate<T>* factor) {
   using A = Accumulate<T>;
   T* out = static_cast<T*>(p.grad_normalised) + i * p.cols;
-  T* dropped = p.grad_dropped ? static_cast<T*>(p.grad_dropped) + i * p.cols : nullptr;
+  const T *grad = row.grad, *h = row.h;
+  const A mean = row.mean, rstd = row.rstd, mean_g = row.mean_g, mean_gx = row.mean_gx;
+  auto write = [&](auto finish) HT_LAMBDA {
+    sweep<A>(p.cols, [&](int64_t c, auto part, int) HT_LAMBDA {
+      // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_new_residual
+      vec<A> xhat = (part.load(h + c) - mean) * rstd;
+      vec<A> g = part.load(grad + c) * part.load(weight + c);
+      if constexpr (Centre) g -= mean_g;
+      part.template store<Stream>(out + c, finish(c, part, rstd * (g - xhat * mean_gx)));
+    });
+  };
   const T* extra = p.grad_new_residual.data ? row_of<const T>(p.grad_new_residual, i) : nullptr;
-  if (dropped) dropout_row(factor, p.cols, i, p.dropout);
-  const A mean = b.mean[r], rstd = b.rstd[r], mean_g = b.mean_g[r], mean_gx = b.mean_gx[r];
-  const T *grad = b.grad[r], *h = b.h[r];
-  sweep<A>(p.cols, [&](int64_t c, auto part, int) HT_LAMBDA {
-    // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + extra
-    vec<A> xhat = (part.load(h + c) - mean) * rstd;
-    vec<A> g = part.load(grad + c) * part.load(weight + c);
-    if constexpr (Centre) g -= mean_g;
-    vec<A> dx = rstd * (g - xhat * mean_gx);
-    if (extra) dx += part.load(extra + c);
-    part.store(out + c, dx, streaming);
-    if (dropped) part.store(dropped + c, dx * part.load(factor + c), streaming);
-  });
+  auto add_extra = [=](int64_t c, auto part, vec<A> dx) HT_LAMBDA { return dx + part.load(extra + c); };
+  if (p.grad_dropped) {
+    T* dropped = static_cast<T*>(p.grad_dropped) + i * p.cols;
+    dropout_row(factor, p.cols, i, p.dropout);
+    write([=](int64_t c, auto part, vec<A> dx) HT_LAMBDA {
+      if (extra) dx = add_extra(c, part, dx);
+      part.template store<Stream>(dropped + c, dx * part.load(factor + c));
+      return dx;
+    });
+  } else if (extra) {
+    write(add_extra);
+  } else {
+    write([](int64_t, auto, vec<A> dx) HT_LAMBDA { return dx; });
+  }
 }
 
-template <class T, bool Centre, int R>
-void backward_block(const NormBackward& p, const Accumulate<T>* weight, int64_t i, Accumulate<T>* dweight,
-                    Accumulate<T>* dbias, Accumulate<T>* factor, bool streaming) {
+// The rows of one chunk; dweight and dbias are its partials.
+template <class T, bool Centre, bool Stream>
+void backward_rows(const NormBackward& p, const Accumulate<T>* weight, int64_t begin, int64_t end,
+                   Accumulate<T>* dweight, Accumulate<T>* dbias, Accumulate<T>* factor) {
   using A = Accumulate<T>;
-  RowBlock<T, R> b;
-  for (int r = 0; r < R; ++r) {
-    b.grad[r] = row_of<const T>(p.grad_output, i + r);
-    b.h[r] = row_of<const T>(p.input, i + r);
-    b.mean[r] = Centre ? static_cast<const A*>(p.mean)[i + r] : A(0);
-    b.rstd[r] = static_cast<const A*>(p.rstd)[i + r];
+  BackwardRow<T> row[kRowBlock];
+  for (int64_t i = begin; i < end; i += kRowBlock) {
+    const int64_t n = end - i < kRowBlock ? end - i : kRowBlock;
+    for (int64_t r = 0; r < n; ++r) {
+      row[r].grad = row_of<const T>(p.grad_output, i + r);
+      row[r].h = row_of<const T>(p.input, i + r);
+      row[r].mean = Centre ? static_cast<const A*>(p.mean)[i + r] : A(0);
+      row[r].rstd = static_cast<const A*>(p.rstd)[i + r];
+    }
+    if (n == kRowBlock) {
+      reduce_rows<T, Centre, kRowBlock>(row, weight, p.cols, dweight, dbias);
+    } else {
+      for (int64_t r = 0; r < n; ++r) reduce_rows<T, Centre, 1>(row + r, weight, p.cols, dweight, dbias);
+    }
+    if (!p.grad_normalised) continue;
+    for (int64_t r = 0; r < n; ++r) write_grad<T, Centre, Stream>(p, i + r, row[r], weight, factor);
   }
-  reduce_block<T, Centre, R>(b, weight, p.cols, dweight, dbias);
-  if (!p.grad_normalised) return;
-  for (int r = 0; r < R; ++r) write_grad<T, Centre, R>(p, b, r, i + r, weight, factor, streaming);
+  if constexpr (Stream) stream_fence();
 }
 
 // out[c] = sum over chunks of partials[chunk][which][c], in order
-template <class A>
+template <class T>
 void add_partials(const NormBackward& p, int64_t chunks, int which, void* out) {
+  using A = Accumulate<T>;
   if (!out) return;
   const A* partials = static_cast<const A*>(p.partials) + which * p.cols;
   const int64_t stride = 2 * p.cols, block = 256;
-  parallel_for((p.cols + block - 1) / block, kElementsPerTask / block / chunks + 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * block, last = end * block < p.cols ? end * block : p.cols;
-    sweep<A>(last - first, [&](int64_t c, auto part, int) HT_LAMBDA {
-      vec<A> sum = part.load(partials + first + c);
-      for (int64_t k = 1; k < chunks; ++k) sum += part.load(partials + k * stride + first + c);
-      if (p.weight_dtype == DType::bf16) {
-        if constexpr (sizeof(A) == sizeof(float)) part.store(static_cast<bf16*>(out) + first + c, sum);
-      } else if (p.weight_dtype == DType::f16) {
-        if constexpr (sizeof(A) == sizeof(float)) part.store(static_cast<f16*>(out) + first + c, sum);
-      } else {
-        part.store(static_cast<A*>(out) + first + c, sum);
-      }
+  auto add_into = [&](auto* typed) {
+    parallel_for((p.cols + block - 1) / block, kElementsPerTask / block / chunks + 1, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * block, last = end * block < p.cols ? end * block : p.cols;
+      sweep<A>(last - first, [&](int64_t c, auto part, int) HT_LAMBDA {
+        vec<A> sum = part.load(partials + first + c);
+        for (int64_t k = 1; k < chunks; ++k) sum += part.load(partials + k * stride + first + c);
+        part.store(typed + first + c, sum);
+      });
     });
-  });
+  };
+  if (p.weight_dtype == p.dtype) return add_into(static_cast<T*>(out));
+  add_into(static_cast<A*>(out));
 }
 
 template <class T, bool Centre>
 void backward(const NormBackward& p) {
   using A = Accumulate<T>;
   Scratch<A> weight_scratch(p.cols);
-  const A* weight = parameter(p.weight, p.weight_dtype, p.cols, A(1), weight_scratch.data);
+  const A* weight = parameter<T>(p.weight, p.weight_dtype, p.cols, A(1), weight_scratch.data);
   const int64_t chunk_rows = norm_backward_chunk_rows(p.rows, p.cols), chunks = norm_backward_chunks(p.rows, p.cols);
-  const bool streaming = streams<T>(p);
+  const bool streaming = streams<T>(p.rows * p.cols, p.cols, p.grad_normalised, p.grad_dropped);
 
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<A> factor(p.grad_dropped ? (p.cols + 63) / 64 * 64 : 0);
+    auto rows = streaming ? backward_rows<T, Centre, true> : backward_rows<T, Centre, false>;
+    Scratch<A> factor(p.grad_dropped ? dropout_pitch(p.cols) : 0);
     for (int64_t k = begin; k < end; ++k) {
-      A* dweight = static_cast<A*>(p.partials) + k * 2 * p.cols;
-      A* dbias = dweight + p.cols;
-      __builtin_memset(dweight, 0, 2 * p.cols * sizeof(A));
+      A* partials = static_cast<A*>(p.partials) + k * 2 * p.cols;
+      __builtin_memset(partials, 0, 2 * p.cols * sizeof(A));
       const int64_t last = (k + 1) * chunk_rows < p.rows ? (k + 1) * chunk_rows : p.rows;
-      int64_t i = k * chunk_rows;
-      for (; i + kNormRowBlock <= last; i += kNormRowBlock)
-        backward_block<T, Centre, kNormRowBlock>(p, weight, i, dweight, dbias, factor.data, streaming);
-      for (; i < last; ++i) backward_block<T, Centre, 1>(p, weight, i, dweight, dbias, factor.data, streaming);
+      rows(p, weight, k * chunk_rows, last, partials, partials + p.cols, factor.data);
     }
-    if (streaming) stream_fence();
   });
-  add_partials<A>(p, chunks, 0, p.grad_weight);
-  if (Centre) add_partials<A>(p, chunks, 1, p.grad_bias);
+  add_partials<T>(p, chunks, 0, p.grad_weight);
+  if (Centre) add_partials<T>(p, chunks, 1, p.grad_bias);
 }
 
 // ---- entries of the function table ------------------------------------------------------------------------------

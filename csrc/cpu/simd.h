@@ -39,6 +39,7 @@ inline constexpr int kVectorBytes = 16;  // SSE2, NEON
 
 using f32 = float __attribute__((vector_size(kVectorBytes)));
 using f64 = double __attribute__((vector_size(kVectorBytes)));
+using i32 = int32_t __attribute__((vector_size(kVectorBytes)));
 using u32 = uint32_t __attribute__((vector_size(kVectorBytes)));
 using u64 = uint64_t __attribute__((vector_size(kVectorBytes)));
 using u16_half = uint16_t __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as f32
@@ -89,28 +90,37 @@ HT_INLINE double square_root(double a) { return __builtin_sqrt(a); }
 
 // ---- 16-bit floats <-> float ------------------------------------------------------------------------------------
 
+// float(x) = bits << 16
 HT_INLINE f32 widen(const bf16* p) {
-  // float(x) = bits << 16
+#if defined(HT_AVX512)
+  return (f32)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   return (f32)(__builtin_convertvector(load_bits<u16_half>(p), u32) << 16);
+#endif
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
+// The upper half of the result is v rounded to nearest even; the lower half is to be dropped.
+// A NaN must come in with zeros in its lower half, or the carry could run through it. Those that arithmetic makes and
+// those that began as 16-bit floats do; only float32 arguments need clean_nan() first.
+HT_INLINE u32 round_bf16(f32 v) {
+  // bits + 0x7fff + lowest kept bit
+  u32 x = (u32)v;
+  return x + 0x7fff + ((x >> 16) & 1);
+}
+
+HT_INLINE f32 clean_nan(f32 v) { return v == v ? v : broadcast(__builtin_nanf("")); }
+
 HT_INLINE u16_half narrow_bf16(f32 v) {
 #if defined(HT_AVX512) && defined(__AVX512BF16__)
   return (u16_half)_mm512_cvtneps_pbh((__m512)v);
+#elif defined(HT_AVX2)
+  // Packing works within 128-bit halves; the permutation brings the two results together.
+  __m256i upper = _mm256_srli_epi32((__m256i)round_bf16(v), 16);
+  return (u16_half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(upper, upper), 0x08));
 #else
-  // bits + 0x7fff + lowest kept bit, then drop the low half
-  u32 x = (u32)v;
-  u32 rounded = (x + 0x7fff + ((x >> 16) & 1)) >> 16;
-  u32 nan = (u32)(v != v);
-  u32 r = (rounded & ~nan) | (((x >> 16) | 0x40) & nan);
-#if defined(HT_AVX2)
-  // GCC lowers the narrowing conversion to scalar moves at this width; pack the two halves instead.
-  __m256i packed = _mm256_packus_epi32((__m256i)r, (__m256i)r);
-  return (u16_half)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
-#else
-  return __builtin_convertvector(r, u16_half);
-#endif
+  return __builtin_convertvector(round_bf16(v) >> 16, u16_half);
 #endif
 }
 
@@ -186,10 +196,10 @@ HT_INLINE void store(T* p, V v) {
 // What store() leaves in memory, as the accumulate type again.
 HT_INLINE f32 rounded_to(f32 v, const float*) { return v; }
 HT_INLINE f64 rounded_to(f64 v, const double*) { return v; }
-template <class T>
-HT_INLINE f32 rounded_to(f32 v, const T*) {
-  auto bits = narrow(v, static_cast<const T*>(nullptr));
-  return widen(reinterpret_cast<const T*>(&bits));
+HT_INLINE f32 rounded_to(f32 v, const bf16*) { return (f32)(round_bf16(v) & 0xffff0000u); }
+HT_INLINE f32 rounded_to(f32 v, const f16*) {
+  u16_half bits = narrow_f16(v);
+  return widen(reinterpret_cast<const f16*>(&bits));
 }
 
 // Past the caches: for outputs too large to be still cached when somebody reads them. p must be aligned to the
@@ -222,15 +232,21 @@ HT_INLINE void stream_fence() {
 
 // ---- across lanes -----------------------------------------------------------------------------------------------
 
-// Sum of all lanes, as a balanced tree: the order is fixed.
-template <class V>
-HT_INLINE auto sum_lanes(V v) {
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  decltype(v[0] + v[0]) a[n];
-  for (int i = 0; i < n; ++i) a[i] = v[i];
-  for (int half = n / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a[i] += a[i + half];
-  return a[0];
+// Sum of all lanes: halves are added until one lane is left, so the order is fixed.
+HT_INLINE float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+HT_INLINE double sum_lanes(double __attribute__((vector_size(16))) v) { return v[0] + v[1]; }
+HT_INLINE float sum_lanes(float __attribute__((vector_size(32))) v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+HT_INLINE double sum_lanes(double __attribute__((vector_size(32))) v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
+}
+HT_INLINE float sum_lanes(float __attribute__((vector_size(64))) v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+}
+HT_INLINE double sum_lanes(double __attribute__((vector_size(64))) v) {
+  return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
 }
 
 // Lane i of the product is the 64-bit product of the low 32 bits of lane i of a and b.
@@ -257,13 +273,9 @@ struct Whole {
   HT_INLINE vec<A> load(const T* p) const {
     return HANDTUNED_ISA::load(p);
   }
-  template <class T>
-  HT_INLINE void store(T* p, vec<A> v, bool streaming = false) const {
-    if (streaming) {
-      HANDTUNED_ISA::stream(p, v);
-    } else {
-      HANDTUNED_ISA::store(p, v);
-    }
+  template <bool Stream = false, class T>
+  HT_INLINE void store(T* p, vec<A> v) const {
+    Stream ? HANDTUNED_ISA::stream(p, v) : HANDTUNED_ISA::store(p, v);
   }
   HT_INLINE vec<A> only(vec<A> v) const { return v; }
 };
@@ -277,8 +289,8 @@ struct Tail {
     __builtin_memcpy(a, p, n * sizeof(T));
     return HANDTUNED_ISA::load(a);
   }
-  template <class T>
-  HT_INLINE void store(T* p, vec<A> v, bool = false) const {
+  template <bool Stream = false, class T>
+  HT_INLINE void store(T* p, vec<A> v) const {
     T a[kLanes<A>];
     HANDTUNED_ISA::store(a, v);
     __builtin_memcpy(p, a, n * sizeof(T));
@@ -305,9 +317,28 @@ HT_INLINE void sweep(int64_t cols, Body body) {
   if (c < cols) body(c, Tail<A>{int(cols - c)}, 1);
 }
 
-template <class V>
-HT_INLINE auto sum_four(const V (&v)[4]) {
-  return sum_lanes((v[0] + v[1]) + (v[2] + v[3]));
+// A sum along a row: four accumulators side by side, folded into a total after each segment of a long row, so that
+// rounding grows with the length of a segment and the number of segments, not with their product.
+template <class A>
+struct Sum {
+  vec<A> running[4] = {}, folded = {};
+  HT_INLINE void add(int j, vec<A> v) { running[j] += v; }
+  HT_INLINE void fold() {
+    folded += (running[0] + running[1]) + (running[2] + running[3]);
+    for (auto& r : running) r = vec<A>{};
+  }
+  HT_INLINE A total() const { return sum_lanes(folded); }
+};
+
+// sweep() in segments, with fold() after each.
+template <class A, class Body, class Fold>
+HT_INLINE void sweep_segments(int64_t cols, Body body, Fold fold) {
+  constexpr int64_t kSegment = 64 * kLanes<A>;
+  for (int64_t first = 0; first < cols; first += kSegment) {
+    const int64_t n = cols - first < kSegment ? cols - first : kSegment;
+    sweep<A>(n, [&](int64_t c, auto part, int j) HT_LAMBDA { body(first + c, part, j); });
+    fold();
+  }
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -59,15 +59,15 @@ class _State:
 
 
 _state = _State()
-_plain = True  # auto, and nobody records: the fast path asks only this
+plain = True  # auto, and nobody records: the fast path asks only this
 _warned: set[str] = set()
 
 
 def _update(**changes: Any) -> None:
-    global _plain
+    global plain
     for name, value in changes.items():
         setattr(_state, name, value)
-    _plain = _state.backend == "auto" and _state.record is None
+    plain = _state.backend == "auto" and _state.record is None
 
 
 @contextmanager
@@ -223,13 +223,8 @@ def _copies(args: tuple[Any, ...]) -> list[str]:
     return [f"tensor {i} is copied once: its rows are not contiguous" for i, copied in enumerate(scattered) if copied]
 
 
-def is_plain() -> bool:
-    """True when nothing overrides the dispatcher and nobody records: the fast path."""
-    return _plain
-
-
 def kernels(input: torch.Tensor) -> Direct:
-    """The namespace that serves a call on this input, when not is_plain()."""
+    """The namespace that serves a call on this input, when not `plain`."""
     chosen, table = choose(input.device, input.dtype)
     auto = _state.backend == "auto" and chosen.backend != "reference"
     return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)

@@ -17,8 +17,10 @@ from ._binary import OP_NAMESPACE
 _namespace = getattr(torch.ops, OP_NAMESPACE)
 
 layer_norm = _namespace.layer_norm.default
+layer_norm_inference = _namespace.layer_norm_inference.default
 layer_norm_backward = _namespace.layer_norm_backward.default
 rms_norm = _namespace.rms_norm.default
+rms_norm_inference = _namespace.rms_norm_inference.default
 rms_norm_backward = _namespace.rms_norm_backward.default
 add_layer_norm = _namespace.add_layer_norm.default
 add_layer_norm_backward = _namespace.add_layer_norm_backward.default
@@ -29,8 +31,10 @@ NORM_OPS = {
     op._schema.name.removeprefix(f"{OP_NAMESPACE}::"): op
     for op in (
         layer_norm,
+        layer_norm_inference,
         layer_norm_backward,
         rms_norm,
+        rms_norm_inference,
         rms_norm_backward,
         add_layer_norm,
         add_layer_norm_backward,
@@ -77,11 +81,11 @@ class _Arguments:
         )
         self.require(eps is None or eps > 0, f"eps is {eps}, the limit is eps > 0; torch's default is 1e-5")
         self.require(0 <= p <= 1, f"dropout_p is {p}, the limits are 0 and 1; pass a probability")
-        seed = self["seed"]
-        self.require(
-            p == 0 or (seed is not None and seed.dtype == torch.int64 and seed.numel() == 1),
-            f"dropout_p is {p} but seed is not one int64 element; draw it with torch.randint",
-        )
+        if p > 0:
+            self._check_seed(p, self["seed"])
+        for name in ("stats", "rstd"):
+            if self[name] is not None:
+                self._check_statistics(self[name])
         for name in ("residual", "grad_output", "grad_new_residual"):
             if self[name] is not None:
                 self._check_like_input(name, self[name])
@@ -91,6 +95,28 @@ class _Arguments:
         self.require(
             len({tensor.dtype for tensor in parameters.values()}) <= 1,
             "weight and bias differ in dtype; convert one with .to()",
+        )
+
+    def _check_seed(self, p: float, seed: Tensor | None) -> None:
+        if seed is None:
+            self.require(False, f"dropout_p is {p} but seed is None; pass an int64 tensor with one element")
+            return
+        self._check_device("seed", seed)
+        self.require(
+            seed.dtype == torch.int64 and seed.numel() == 1,
+            f"seed is {seed.dtype} of shape {list(seed.shape)}, expected one int64 element on the device of input; "
+            "draw it with torch.randint",
+        )
+
+    def _check_statistics(self, saved: Tensor) -> None:
+        self._check_device("saved statistics", saved)
+        count = 2 if "layer_norm" in self.op else 1
+        rows = self.h.shape[: self.h.dim() - self.normalized_ndim].numel()
+        dtype = torch.float64 if self.h.dtype == torch.float64 else torch.float32
+        self.require(
+            saved.dtype == dtype and saved.numel() == rows * count and saved.is_contiguous(),
+            f"the saved statistics are {saved.dtype} of shape {list(saved.shape)}, expected {dtype} with {count} x "
+            f"{rows} elements; pass what the forward returned",
         )
 
     def _check_device(self, name: str, tensor: Tensor) -> None:
@@ -139,7 +165,9 @@ def _contiguous(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.shape)
 
 
-def _fake_forward(a: _Arguments) -> tuple[Tensor, ...]:
+def _fake_forward(a: _Arguments) -> Tensor | tuple[Tensor, ...]:
+    if a.op.endswith("_inference"):
+        return _contiguous(a.h)
     rows = 1
     for size in a.h.shape[: a.h.dim() - a.normalized_ndim]:
         rows = rows * size
@@ -166,7 +194,7 @@ def _fake_backward(a: _Arguments) -> tuple[Tensor, ...]:
 
 
 def _register(op: str) -> None:
-    def fake(*args: Any) -> tuple[Tensor, ...]:
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         arguments = _Arguments(op, args)
         arguments.check()
         return _fake_backward(arguments) if op.endswith("_backward") else _fake_forward(arguments)

@@ -84,7 +84,8 @@ class Report:
             worst = max(wrong, key=lambda d: d.largest / max(d.allowed, 1e-300))
             raise AssertionError(
                 f"handtuned.replace: {worst.tensor} differs by {worst.largest:.3g}, allowed {worst.allowed:.3g} "
-                f"({len(wrong)} of {len(self.differences)} tensors over their bound); report.undo() gives torch's modules back"
+                f"({len(wrong)} of {len(self.differences)} tensors over their bound); "
+                "report.undo() gives torch's modules back"
             )
         return self.differences
 
@@ -118,7 +119,8 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
     Args:
         model: any module; also wrapped by torch.compile or DistributedDataParallel.
         check: an input to compare on, before against after: a tensor, a tuple of positional or a dict of keyword
-            arguments. Raises AssertionError if outputs or gradients differ (see Report.check); the model is then as before.
+            arguments. Raises AssertionError if outputs or gradients differ (see Report.check); the model is then as
+            before.
         strict: raise ValueError, with nothing replaced, if a norm was left.
 
     Returns:
@@ -152,6 +154,9 @@ def _why_left(module: torch.nn.Module) -> str | None:
     if kind in TWINS:
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance"
+        eps = getattr(module, "eps", None)
+        if eps is not None and eps <= 0:
+            return f"its eps is {eps}, kernels need eps > 0"
         odd = [p.dtype for p in module.parameters(recurse=False) if p.dtype not in backends.DTYPES]
         return f"its parameters are {odd[0]}, which no kernel reads" if odd else None
     if kind in TWINS.values() or kind in (nn.AddLayerNorm, nn.AddRMSNorm):
@@ -195,7 +200,10 @@ def _run(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         differentiable = [t for t in outputs.values() if t.requires_grad]
         if differentiable:
             # A fixed, uneven weighting, so that no gradient vanishes by symmetry.
-            weights = [torch.linspace(-1, 1, t.numel(), device=t.device, dtype=t.dtype).reshape(t.shape) for t in differentiable]
+            weights = [
+                torch.linspace(-1, 1, t.numel(), device=t.device, dtype=t.dtype).reshape(t.shape)
+                for t in differentiable
+            ]
             torch.autograd.backward(differentiable, weights)
             grads = ((f"grad of {n}", p.grad) for n, p in model.named_parameters())
             found |= {name: grad.clone() for name, grad in grads if grad is not None}
@@ -220,4 +228,6 @@ def _difference(name: str, expected: Tensor, actual: Tensor) -> Difference:
     gap = (expected.double() - actual.double()).abs().masked_fill(both_nan | (expected == actual), 0)
     scale = expected.double().nan_to_num(0, 0, 0).abs().max().item() if expected.numel() else 0.0
     largest = gap.max().item() if gap.numel() else 0.0
-    return Difference(name, float("inf") if largest != largest else largest, 64 * torch.finfo(expected.dtype).eps * scale)
+    return Difference(
+        name, float("inf") if largest != largest else largest, 64 * torch.finfo(expected.dtype).eps * scale
+    )

@@ -50,9 +50,11 @@ def _norm_samples(device: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str,
         x, r, dy, dh = (draw(*shape, dtype=dtype) for _ in range(4))
         w, b = (draw(*shape[-ndim:], dtype=weight_dtype) if affine else None for _ in range(2))
         yield ops.layer_norm, (x, ndim, w, b, 1e-5), {}
+        yield ops.layer_norm_inference, (x, ndim, w, b, 1e-5), {}
         stats = ops.layer_norm(x, ndim, w, b, 1e-5)[1]
         yield ops.layer_norm_backward, (dy, x, ndim, stats, w, True, affine, affine), {}
         yield ops.rms_norm, (x, ndim, w, 1e-6), {}
+        yield ops.rms_norm_inference, (x, ndim, w, 1e-6), {}
         rstd = ops.rms_norm(x, ndim, w, 1e-6)[1]
         yield ops.rms_norm_backward, (dy, x, ndim, rstd, w, True, affine), {}
         for p in (0.0, 0.3):

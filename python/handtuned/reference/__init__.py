@@ -9,8 +9,10 @@ from .norm import (
     dropout_factor,
     layer_norm,
     layer_norm_backward,
+    layer_norm_inference,
     rms_norm,
     rms_norm_backward,
+    rms_norm_inference,
 )
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "dropout_factor",
     "layer_norm",
     "layer_norm_backward",
+    "layer_norm_inference",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_inference",
 ]

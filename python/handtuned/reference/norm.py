@@ -31,7 +31,10 @@ def _rows(tensor: Tensor, normalized_ndim: int) -> tuple[int, int]:
 
 def _statistics(h: Tensor, dims: tuple[int, ...], eps: float, centre: bool) -> tuple[Tensor, Tensor]:
     """(mean, rstd) of wide h, the normalised dims kept with size 1."""
-    mean = h.mean(dims, keepdim=True) if centre else torch.zeros((), dtype=h.dtype, device=h.device)
+    mean = torch.zeros((), dtype=h.dtype, device=h.device)
+    if centre:
+        mean = h.mean(dims, keepdim=True)
+        mean = mean + (h - mean).mean(dims, keepdim=True)  # what its own rounding left over
     return mean, torch.rsqrt(((h - mean) ** 2).mean(dims, keepdim=True) + eps)
 
 
@@ -56,8 +59,18 @@ def layer_norm(
     return _forward(input, normalized_ndim, weight, bias, eps, centre=True)
 
 
+def layer_norm_inference(
+    input: Tensor, normalized_ndim: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    return _forward(input, normalized_ndim, weight, bias, eps, centre=True)[0]
+
+
 def rms_norm(input: Tensor, normalized_ndim: int, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     return _forward(input, normalized_ndim, weight, None, eps, centre=False)
+
+
+def rms_norm_inference(input: Tensor, normalized_ndim: int, weight: Tensor | None, eps: float) -> Tensor:
+    return _forward(input, normalized_ndim, weight, None, eps, centre=False)[0]
 
 
 def philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
@@ -89,12 +102,13 @@ def dropout_factor(shape: torch.Size, normalized_ndim: int, p: float, seed: Tens
     zero = torch.zeros(rows, cols, dtype=torch.int64, device=device)
     key = int(seed.item())
     words = philox4x32(
-        [zero + (column // 64 * 16 + column % 16), zero + (row & MASK32), zero + (row >> 32), zero],
+        [zero + (column // 128 * 16 + column % 16), zero + (row & MASK32), zero + (row >> 32), zero],
         (key & MASK32, (key >> 32) & MASK32),
     )
-    word = torch.stack(words).gather(0, (zero + column // 16 % 4)[None])[0]
+    numbers = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)])
+    number = numbers.gather(0, (zero + column // 16 % 8)[None])[0]
     scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    return ((word >= int(p * 2**32)).to(dtype) * scale).reshape(shape)
+    return ((number >= int(p * 65536 + 0.5)).to(dtype) * scale).reshape(shape)
 
 
 def _add(input: Tensor, residual: Tensor, normalized_ndim: int, p: float, seed: Tensor | None) -> Tensor:
@@ -171,8 +185,9 @@ def _backward(
     grad = grad * rstd
     if grad_new_residual is not None:
         grad = grad + _wide(grad_new_residual)
-    sum_rows = (lambda t: t.sum(outer)) if outer else (lambda t: t)
-    return grad, sum_rows(dy * xhat), sum_rows(dy)
+    if not outer:  # a single row
+        return grad, dy * xhat, dy
+    return grad, (dy * xhat).sum(outer), dy.sum(outer)
 
 
 def _wanted(wanted: bool, grad: Tensor, dtype: torch.dtype) -> Tensor:

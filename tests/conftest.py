@@ -1,0 +1,106 @@
+"""Fixtures of every test: the kernels a test runs on, poisoned memory, fixed seeds, threads put back.
+
+A test that takes `kernels` runs once per instruction set that the library was built for, on the Triton kernels and on
+the reference formula; `isa` runs it on the CPU kernels only. With ``@pytest.mark.cases(list)`` it also takes `case`;
+Triton's interpreter and the formula get the small ones, Triton only those in ``triton=list`` where that is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
+
+import handtuned
+from handtuned import _C
+
+ISAS = {row["name"]: row for row in _C.isa_table()}
+# The largest cases of the slow kernels: Triton's interpreter needs about half a second, the formula 0.1 s.
+MOST_ELEMENTS = {"triton": 4200, "reference": 120_000}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(list, triton=list): what `case` goes through, on Triton too")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    sets = {"kernels": [*ISAS, "triton", "reference"], "isa": list(ISAS)}
+    fixture = next((name for name in sets if name in metafunc.fixturenames), None)
+    marker = metafunc.definition.get_closest_marker("cases")
+    if fixture is None:
+        return
+    if marker is None:
+        metafunc.parametrize(fixture, sets[fixture], indirect=True)
+        return
+    pairs = [
+        pytest.param(kernels, case, id=f"{kernels}-{case.name}")
+        for case in marker.args[0]
+        for kernels in sets[fixture]
+        if case.elements <= MOST_ELEMENTS.get(kernels, case.elements)
+        and (kernels != "triton" or case in marker.kwargs.get("triton", marker.args[0]))
+    ]
+    metafunc.parametrize((fixture, "case"), pairs, indirect=[fixture])
+
+
+def _instruction_set(name: str) -> Iterator[str]:
+    if not ISAS[name]["built"]:
+        pytest.skip(f"{name} is not part of this build, which needs {ISAS[name]['needs']}")
+    if not ISAS[name]["supported"]:
+        pytest.skip(f"this CPU lacks {ISAS[name]['needs']}")
+    with handtuned.testing.isa(name), handtuned.strict():
+        yield name
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels of one instruction set, forced."""
+    yield from _instruction_set(request.param)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One set of kernels, forced; its name."""
+    if request.param in ISAS:
+        yield from _instruction_set(request.param)
+        return
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+        if torch.cuda.is_available():
+            pytest.skip("with a CUDA device Triton is not interpreted; test_triton_norm.py runs it there")
+        import triton_tools
+
+        triton_tools.mend_bfloat16()
+    with handtuned.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fresh CPU memory is junk, also inside the ops, so that what a kernel leaves unwritten shows.
+
+    The switch is torch's own, in its CPU allocator (torch.utils.deterministic.fill_uninitialized_memory does not reach
+    tensors made through the stable ABI). The pattern is 0x7fedbeef: NaN in float32, NaN in every other element and
+    -0.5 or -1.7 in between in 16 bits, 1.7e308 in float64. test_norm.py proves that an op's allocation sees it.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    switch = ctypes.c_bool.in_dll(library, "FLAGS_caffe2_cpu_allocator_do_junk_fill")
+    switch.value = True
+    yield
+    switch.value = False
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from the same random state, with the same threads and no fall-back said before."""
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    handtuned.backends._warned.clear()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,117 @@
+"""What the kernels and launchers of every family share: scalars, the dropout mask, buffers, rows of strided tensors."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the parameters of device functions have no Python types)
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .tuning import Config
+
+# ---- device code -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scalar(value, ACC: tl.constexpr):
+    # A float argument is fp64 when compiled and a Python float in the interpreter; the product is fp64 in both.
+    return (tl.full((), 1.0, tl.float64) * value).to(ACC)
+
+
+@triton.jit
+def reciprocal_sqrt(value):
+    # tl.rsqrt is approximate in fp32; once a row, the exact form costs nothing.
+    if value.dtype == tl.float64:
+        return 1.0 / tl.sqrt(value)
+    else:
+        return tl.div_rn(1.0, tl.sqrt_rn(value))
+
+
+@triton.jit
+def keep_factor(seed, row, start, threshold, scale, ROWS: tl.constexpr, TILE: tl.constexpr, ACC: tl.constexpr):
+    """Factors [ROWS, TILE] of columns start .. start + TILE: scale where kept, 0 where dropped (0 * NaN stays NaN).
+
+    Column c has number c / 16 % 8 of the eight 16-bit halves, low half first, of Philox4x32-10 at counter
+    (c / 128 * 16 + c % 16, row low, row high, 0), key = seed. So one call serves columns j, j+16, ... j+112 of a block
+    of 128: it is made once, for counters [block, j], its eight verdicts travel as bits of one small integer to columns
+    [block, number, j], and each column picks its bit.
+    """
+    counter = (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)  # start is a multiple of 128
+    low = (row & 0xFFFFFFFF).to(tl.uint32)
+    high = (row >> 32).to(tl.uint32)
+    zero = tl.zeros((1, 1), tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), counter[None, :], low[:, None], high[:, None], zero)
+    bound = threshold.to(tl.uint32)
+    flags = _halves(w0, bound) | (_halves(w1, bound) << 2) | (_halves(w2, bound) << 4) | (_halves(w3, bound) << 6)
+    flags = tl.broadcast_to(tl.reshape(flags, (ROWS, TILE // 128, 1, 16)), (ROWS, TILE // 128, 8, 16))
+    number = (tl.arange(0, TILE) // 16 % 8).to(tl.int16)
+    keep = ((tl.reshape(flags, (ROWS, TILE)) >> number[None, :]) & 1) != 0
+    return tl.where(keep, scalar(scale, ACC), 0.0)
+
+
+@triton.jit
+def _halves(word, bound):
+    """Verdicts on the low half (bit 0) and the high half (bit 1) of a word."""
+    return ((word & 0xFFFF) >= bound).to(tl.int16) | (((word >> 16) >= bound).to(tl.int16) << 1)
+
+
+# ---- launching -------------------------------------------------------------------------------------------------------
+
+
+def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Every buffer a kernel writes is allocated here, so that tests can put guard bands around all of them."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> tuple[torch.Tensor, int]:
+    """The tensor and the distance between its rows; copied if its elements or its rows do not lie regularly."""
+    split = tensor.dim() - normalized_ndim
+    shape, strides = tensor.shape, tensor.stride()
+    if tensor.is_contiguous():
+        return tensor, math.prod(shape[split:])
+
+    def collapses(dims: range, step: int | None) -> bool:
+        for d in reversed(dims):
+            if shape[d] == 1:
+                continue
+            if step is not None and strides[d] != step:
+                return False
+            step = strides[d] * shape[d]
+        return True
+
+    if collapses(range(split, tensor.dim()), 1) and collapses(range(split), None):
+        return tensor, next((strides[d] for d in reversed(range(split)) if shape[d] != 1), 0)
+    return tensor.contiguous(), math.prod(shape[split:])
+
+
+def dropout_constants(p: float) -> tuple[int, float]:
+    """Threshold and scale of the mask: keep where number >= threshold; with p = 1 everything is multiplied by 0."""
+    return (0, 0.0) if p >= 1.0 else (math.floor(p * 65536 + 0.5), 1.0 / (1.0 - p))
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    # Triton launches on the current device, which need not be the tensor's.
+    if tensor.device.type != "cpu":
+        devices: Any = torch.get_device_module(tensor.device)
+        if tensor.device.index != devices.current_device():
+            current: contextlib.AbstractContextManager[Any] = devices.device(tensor.device)
+            return current
+    return contextlib.nullcontext()
+
+
+def meta(config: Config) -> dict[str, Any]:
+    """The keyword arguments of a launch that a Config stands for."""
+    # fp fusion: an fma rounds once where a multiplication and an addition round twice. Named because the default of
+    # Triton is about to change.
+    return {
+        "TILE": config.tile,
+        "ROWS": config.rows,
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }

@@ -1,0 +1,241 @@
+"""Tile sizes of the Triton kernels: the committed table, the user's own, and tune(), which measures and writes that.
+
+`lookup` never measures anything: it reads tuned/norm.json, which ships with the package and was chosen by a model, not
+measured (the file says how), or the file that an explicit tune() left in the user's cache directory, which wins.
+
+A table maps architecture -> kernel -> bytes per element -> bucket -> [tile, rows, warps, stages]. The bucket is the row
+length rounded up to a power of two, or "long" for rows of more columns than the largest bucket.
+"""
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+Table = dict[str, dict[str, dict[str, dict[str, list[int]]]]]
+
+SMALLEST_TILE = 128  # one block of the dropout generator
+COMMITTED = Path(__file__).parent / "tuned" / "norm.json"
+KERNELS = ("forward", "backward", "row_sums", "partials")
+
+
+class Config(NamedTuple):
+    tile: int  # columns of a tile, a power of two of at least 128
+    rows: int  # rows of a tile, a power of two
+    warps: int
+    stages: int  # depth of software pipelining of the kernel's loops, 1: none
+
+
+def lookup(kernel: str, cols: int, itemsize: int, device: torch.device) -> Config:
+    """The tile for rows of `cols` elements of `itemsize` bytes: the user's measured one, else the committed one."""
+    return _lookup(kernel, cols, itemsize, architecture(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, cols: int, itemsize: int, arch: str) -> Config:
+    user = _user_table().get(arch, {}).get(kernel, {}).get(str(itemsize), {})
+    committed = _committed_table()[_table_name(arch)][kernel][str(itemsize)]
+    name = bucket(cols, committed)
+    return Config(*user.get(name, committed[name]))
+
+
+def bucket(cols: int, buckets: Iterable[str]) -> str:
+    tile = str(max(SMALLEST_TILE, triton.next_power_of_2(cols)))
+    return tile if tile in buckets else "long"
+
+
+@functools.lru_cache(maxsize=64)
+def architecture(device: torch.device) -> str:
+    """sm80, sm90, gfx942 ...; "default" for the CPU, where only the interpreter runs."""
+    if device.type != "cuda":
+        return "default"
+    if torch.version.hip:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def _table_name(arch: str) -> str:
+    """The committed table that serves an architecture: its own, its generation's data centre part's, or default."""
+    if arch in _committed_table():
+        return arch
+    generation = {"sm8": "sm80", "sm9": "sm90", "sm10": "sm100", "sm11": "sm100", "sm12": "sm100", "gfx9": "gfx942"}
+    return next((table for prefix, table in generation.items() if arch.startswith(prefix)), "default")
+
+
+@functools.cache
+def _committed_table() -> Table:
+    tables: Table = json.loads(COMMITTED.read_text())["tables"]
+    return tables
+
+
+# ---- the user's table ------------------------------------------------------------------------------------------------
+
+
+def user_file() -> Path:
+    """Where tune() writes: $HANDTUNED_CACHE_DIR, or handtuned/ in the platform's cache directory."""
+    if root := os.environ.get("HANDTUNED_CACHE_DIR"):
+        return Path(root) / "triton_norm.json"
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "handtuned" / "triton_norm.json"
+
+
+@functools.cache
+def _user_table() -> Table:
+    path = user_file()
+    if not path.exists():
+        return {}
+    try:
+        table: Table = json.loads(path.read_text())["tables"]
+        for config in _configs(table):
+            _check(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(
+            f"{path} is not a tuning table ({error}); the committed one is used. Delete it or call "
+            "handtuned.triton_kernels.tuning.tune() again.",
+            stacklevel=2,
+        )
+        return {}
+    return table
+
+
+def _configs(table: Table) -> Iterator[list[int]]:
+    for kernels in table.values():
+        for widths in kernels.values():
+            for buckets in widths.values():
+                yield from buckets.values()
+
+
+def _check(config: list[int]) -> None:
+    tile, rows, warps, stages = config
+    for name, value, least in (("tile", tile, SMALLEST_TILE), ("rows", rows, 1), ("warps", warps, 1)):
+        if not isinstance(value, int) or value < least or value & (value - 1):
+            raise ValueError(f"{name} is {value}, expected a power of two of at least {least}")
+    if not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages is {stages}, expected at least 1")
+
+
+def forget() -> None:
+    """Drop what was read, so that the next lookup reads the files again."""
+    _lookup.cache_clear()
+    _user_table.cache_clear()
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def candidates(kernel: str, cols: int, itemsize: int, arch: str) -> list[Config]:
+    """What tune() tries: the present configuration and its neighbours in rows, warps, stages, for long rows tile."""
+    base = _lookup(kernel, cols, itemsize, arch)
+    most_warps = 16 if arch.startswith("gfx") else 32  # 1024 threads a block at most
+    one_tile = kernel != "partials" and cols <= base.tile
+    found = [base]
+    for tile in (base.tile,) if one_tile else (base.tile // 2, base.tile, base.tile * 2):
+        for rows in (base.rows // 2, base.rows, base.rows * 2):
+            for warps in (base.warps // 2, base.warps, base.warps * 2):
+                for stages in (1, 2, 3):
+                    config = Config(tile, rows, warps, stages)
+                    if tile >= SMALLEST_TILE and rows >= 1 and 1 <= warps <= most_warps and config not in found:
+                        found.append(config)
+    return found
+
+
+def tune(
+    kernel: str, cols: int, dtype: torch.dtype, rows: int | None = None, progress: Callable[[str], None] | None = print
+) -> Config:
+    """Measure the candidates of one kernel on the current GPU, keep the fastest in `user_file()`, return it.
+
+    Args:
+        kernel: "forward", "backward", "row_sums" (rows longer than the backward's tile) or "partials" (the sums over
+            rows behind dgamma and dbeta). The whole op is timed, as LayerNorm with weight and bias.
+        cols: length of a row; the result serves all lengths of the same bucket (up to the next power of two).
+        dtype: float32, bfloat16, float16 or float64; the result serves all dtypes of this size.
+        rows: number of rows to measure with; by default about 2^26 elements in all.
+        progress: called with one line per candidate; None for silence.
+
+    Raises:
+        RuntimeError: no GPU that Triton can launch on, or no candidate ran.
+        ValueError: an unknown kernel, or cols < 1.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(KERNELS)}")
+    if cols < 1:
+        raise ValueError(f"cols is {cols}, expected at least 1")
+    _require_gpu()
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch, itemsize = architecture(device), dtype.itemsize
+    width = torch.promote_types(dtype, torch.float32).itemsize if kernel == "partials" else itemsize
+    run = _workload(kernel, cols, dtype, rows or max(1, 2**26 // cols), device)
+    timed: list[tuple[float, Config]] = []
+    committed = _committed_table()[_table_name(arch)][kernel][str(width)]
+    name = bucket(cols, committed)
+    for config in candidates(kernel, cols, width, arch):
+        _try(arch, kernel, width, name, config)
+        try:
+            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
+        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
+            milliseconds, note = float("inf"), f"refused: {str(error).splitlines()[0]}"
+        else:
+            timed.append((milliseconds, config))
+            note = f"{milliseconds:.4f} ms"
+        if progress:
+            progress(f"{kernel} cols={cols} {dtype} {arch} {config}: {note}")
+    forget()
+    if not timed:
+        raise RuntimeError(f"none of the candidates for {kernel} with {cols} columns of {dtype} ran on {arch}")
+    best = min(timed)[1]
+    _save(arch, kernel, width, name, best)
+    return best
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "tune() measures on a GPU and torch sees none (torch.cuda.is_available() is False). Run it "
+            "on a machine with a GPU and a CUDA or ROCm build of torch; until then the committed table "
+            "is used."
+        )
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("tune() measures compiled kernels and Triton's interpreter is on. Unset TRITON_INTERPRET.")
+
+
+def _workload(kernel: str, cols: int, dtype: torch.dtype, rows: int, device: torch.device) -> Callable[[], Any]:
+    from . import norm  # norm imports this module
+
+    x = torch.randn(rows, cols, device=device).to(dtype)
+    weight = torch.ones(cols, device=device, dtype=dtype)
+    if kernel == "forward":
+        return lambda: norm.layer_norm(x, 1, weight, weight, 1e-5)
+    _, stats = norm.layer_norm(x, 1, weight, weight, 1e-5)
+    sums_only = kernel == "row_sums"
+    return lambda: norm.layer_norm_backward(x, x, 1, stats, weight, True, not sums_only, not sums_only)
+
+
+def _try(arch: str, kernel: str, itemsize: int, name: str, config: Config) -> None:
+    forget()
+    tables = _user_table()  # cached: the entry set here is what lookup finds until forget()
+    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
+
+
+def _save(arch: str, kernel: str, itemsize: int, name: str, config: Config) -> None:
+    path = user_file()
+    forget()
+    tables = _user_table()
+    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "tables": tables}, indent=1))
+    part.replace(path)  # whole or not at all, whoever reads meanwhile
+    forget()
