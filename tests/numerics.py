@@ -148,7 +148,7 @@ def drawn(case: cases.Case, draw: int) -> Drawn:
 def draws(case: cases.Case, kernels: str = "") -> int:
     """How many draws are averaged: few rows or columns say little about an error. Triton's interpreter is slow."""
     smaller = max(min(case.cols, case.elements // max(case.cols, 1)), 1)
-    most = 8 if kernels != "triton" else 1 if case.elements > 1000 else 3
+    most = 8 if kernels != "triton" else 3
     return max(1, min(most, 600 // smaller, 400_000 // max(case.elements, 1)))
 
 

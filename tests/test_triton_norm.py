@@ -112,11 +112,11 @@ def device() -> Iterator[None]:
 
 # shape, normalized_ndim, weight, bias, layout of the activations
 CASES = {
-    "odd": ((5, 70), 1, True, True, "plain"),
+    "odd": ((5, 170), 1, True, True, "plain"),
     "one column": ((7, 1), 1, True, True, "plain"),
     "one row": ((129,), 1, True, False, "plain"),
     "two dims, padded rows": ((2, 3, 5, 33), 2, True, True, "padded"),
-    "no parameters": ((4, 200), 1, False, False, "padded"),
+    "no parameters": ((4, 300), 1, False, False, "padded"),
     "no weight": ((3, 64), 1, False, True, "plain"),
     "elements apart": ((3, 40), 1, True, True, "apart"),
     "rows out of order": ((3, 4, 65), 1, True, True, "permuted"),
@@ -205,7 +205,7 @@ def run(
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles a row, several rows a program, several row blocks a partial sum."""
-    monkeypatch.setattr(tuning, "lookup", lambda *_: tuning.Config(64, 2, 4, 1))
+    monkeypatch.setattr(tuning, "lookup", lambda *_: tuning.Config(128, 2, 4, 1))
     monkeypatch.setattr(norm, "MAX_PARTIALS", 2)
 
 
@@ -517,7 +517,7 @@ def test_no_committed_tile_spills(dtype: str) -> None:
     cases = [
         {"arch": arch, "op": op, "dtype": dtype, "cols": cols}
         for arch in triton_tools.ARCHITECTURES
-        for cols in (*(64 << i for i in range(10)), 99, 99999)
+        for cols in (*(128 << i for i in range(9)), 99, 99999)
         for op in ("layer_norm", "add_layer_norm", "layer_norm_backward", "add_layer_norm_backward")
     ]
     found = triton_tools.ahead_of_time("test_triton_norm:launch", cases, timeout=3600.0)

@@ -34,12 +34,12 @@ def test_committed_table_is_complete() -> None:
                     assert name in ("long", str(tile))
                     assert warps * wave <= 1024
                 tiles = [int(name) for name in buckets if name != "long"]
-                assert tiles == [64 << i for i in range(len(tiles))]
+                assert tiles == [128 << i for i in range(len(tiles))]
 
 
 def test_lookup() -> None:
     look = tuning._lookup
-    assert look("forward", 1, 2, "sm90").tile == 64
+    assert look("forward", 1, 2, "sm90").tile == 128
     assert look("forward", 65, 2, "sm90").tile == 128
     assert look("backward", 8192, 2, "sm80").tile == 8192
     assert look("backward", 8193, 2, "sm80").tile == 1024

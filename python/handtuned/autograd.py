@@ -2,8 +2,8 @@
 
 A Function is used only where a gradient is wanted. Its forward and backward are ops; the backward of a backward
 recomputes the reference formula of the backward op under autograd, so second and higher derivatives are exact.
-torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD run the reference formula throughout: it is made of torch's own
-differentiable, batchable ops.
+torch.func transforms (grad, vmap, jvp, ...) and forward-mode AD run the reference formula throughout: it is made of
+torch's own differentiable, batchable ops.
 """
 
 from __future__ import annotations

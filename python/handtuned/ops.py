@@ -6,6 +6,7 @@ every device but the CPU, the kernel that the policy table finds. CPU kernels re
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class _Arguments:
     def normalized_shape(self) -> torch.Size:
         return self.h.shape[self.h.dim() - self.normalized_ndim :]
 
+    @property
+    def rows(self) -> int:
+        return math.prod(self.h.shape[: self.h.dim() - self.normalized_ndim])  # symbolic where the shape is
+
     def require(self, ok: bool, message: str) -> None:
         if not ok:
             raise RuntimeError(f"handtuned.{self.op}: {message}")
@@ -111,7 +116,7 @@ class _Arguments:
     def _check_statistics(self, saved: Tensor) -> None:
         self._check_device("saved statistics", saved)
         count = 2 if "layer_norm" in self.op else 1
-        rows = self.h.shape[: self.h.dim() - self.normalized_ndim].numel()
+        rows = self.rows
         dtype = torch.float64 if self.h.dtype == torch.float64 else torch.float32
         self.require(
             saved.dtype == dtype and saved.numel() == rows * count and saved.is_contiguous(),
@@ -168,11 +173,8 @@ def _contiguous(tensor: Tensor) -> Tensor:
 def _fake_forward(a: _Arguments) -> Tensor | tuple[Tensor, ...]:
     if a.op.endswith("_inference"):
         return _contiguous(a.h)
-    rows = 1
-    for size in a.h.shape[: a.h.dim() - a.normalized_ndim]:
-        rows = rows * size
     dtype = torch.float64 if a.h.dtype == torch.float64 else torch.float32
-    stats = a.h.new_empty((2, rows) if "layer_norm" in a.op else (rows,), dtype=dtype)
+    stats = a.h.new_empty((2, a.rows) if "layer_norm" in a.op else (a.rows,), dtype=dtype)
     outputs = (_contiguous(a.h), _contiguous(a.h)) if a["residual"] is not None else (_contiguous(a.h),)
     return (*outputs, stats)
 
