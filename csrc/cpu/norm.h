@@ -35,6 +35,8 @@ namespace handtuned::HANDTUNED_ISA {
 inline constexpr int64_t kStreamBytes = 8 << 20;
 inline constexpr int64_t kElementsPerTask = 16384;
 inline constexpr int64_t kRowBlock = kNormRowBlock;
+// Rows, and chunks, whose dweight and dbias are summed before the sum goes into a larger one.
+inline constexpr int64_t kFoldRows = 32, kFoldChunks = 8;
 // Rows of at most this many bytes (as float or double) go forward in blocks: a block's buffer still fits L1.
 inline constexpr int64_t kShortRow = 4 << 10;
 
@@ -311,11 +313,22 @@ HT_INLINE void write_grad(const NormBackward& p, int64_t i, const BackwardRow<T>
   }
 }
 
-// The rows of one chunk; dweight and dbias are its partials.
+// into[0..n) += from[0..n), and from = 0
+template <class A>
+void fold_into(A* into, A* from, int64_t n) {
+  sweep<A>(n, [&](int64_t c, auto part, int) HT_LAMBDA {
+    part.store(into + c, part.load(into + c) + part.load(from + c));
+    part.store(from + c, vec<A>{});
+  });
+}
+
+// The rows of one chunk. `running` holds dweight and dbias [2, cols] of the last kFoldRows rows, `partials` those of
+// the chunk: sums of sums, whose rounding does not grow with the number of rows.
 template <class T, bool Centre, bool Stream>
 void backward_rows(const NormBackward& p, const Accumulate<T>* weight, int64_t begin, int64_t end,
-                   Accumulate<T>* dweight, Accumulate<T>* dbias, Accumulate<T>* factor) {
+                   Accumulate<T>* partials, Accumulate<T>* running, Accumulate<T>* factor) {
   using A = Accumulate<T>;
+  A *dweight = running, *dbias = running + p.cols;
   BackwardRow<T> row[kRowBlock];
   for (int64_t i = begin; i < end; i += kRowBlock) {
     const int64_t n = end - i < kRowBlock ? end - i : kRowBlock;
@@ -330,9 +343,11 @@ void backward_rows(const NormBackward& p, const Accumulate<T>* weight, int64_t b
     } else {
       for (int64_t r = 0; r < n; ++r) reduce_rows<T, Centre, 1>(row + r, weight, p.cols, dweight, dbias);
     }
+    if ((i - begin) % kFoldRows == kFoldRows - kRowBlock) fold_into(partials, running, 2 * p.cols);
     if (!p.grad_normalised) continue;
     for (int64_t r = 0; r < n; ++r) write_grad<T, Centre, Stream>(p, i + r, row[r], weight, factor);
   }
+  fold_into(partials, running, 2 * p.cols);
   if constexpr (Stream) stream_fence();
 }
 
@@ -347,8 +362,13 @@ void add_partials(const NormBackward& p, int64_t chunks, int which, void* out) {
     parallel_for((p.cols + block - 1) / block, kElementsPerTask / block / chunks + 1, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * block, last = end * block < p.cols ? end * block : p.cols;
       sweep<A>(last - first, [&](int64_t c, auto part, int) HT_LAMBDA {
-        vec<A> sum = part.load(partials + first + c);
-        for (int64_t k = 1; k < chunks; ++k) sum += part.load(partials + k * stride + first + c);
+        vec<A> sum = {};
+        for (int64_t group = 0; group < chunks; group += kFoldChunks) {
+          vec<A> of_group = {};
+          for (int64_t k = group; k < chunks && k < group + kFoldChunks; ++k)
+            of_group += part.load(partials + k * stride + first + c);
+          sum += of_group;
+        }
         part.store(typed + first + c, sum);
       });
     });
@@ -367,12 +387,13 @@ void backward(const NormBackward& p) {
 
   parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
     auto rows = streaming ? backward_rows<T, Centre, true> : backward_rows<T, Centre, false>;
-    Scratch<A> factor(p.grad_dropped ? dropout_pitch(p.cols) : 0);
+    Scratch<A> factor(p.grad_dropped ? dropout_pitch(p.cols) : 0), running(2 * p.cols);
+    __builtin_memset(running.data, 0, 2 * p.cols * sizeof(A));
     for (int64_t k = begin; k < end; ++k) {
       A* partials = static_cast<A*>(p.partials) + k * 2 * p.cols;
       __builtin_memset(partials, 0, 2 * p.cols * sizeof(A));
       const int64_t last = (k + 1) * chunk_rows < p.rows ? (k + 1) * chunk_rows : p.rows;
-      rows(p, weight, k * chunk_rows, last, partials, partials + p.cols, factor.data);
+      rows(p, weight, k * chunk_rows, last, partials, running.data, factor.data);
     }
   });
   add_partials<T>(p, chunks, 0, p.grad_weight);
