@@ -506,7 +506,7 @@ def test_instruction_mix(compiled: dict[tuple[str, str], dict[str, triton_tools.
     for arch in ("sm80", "sm90", "sm100"):
         config = tuning._lookup("forward", 1024, 2, arch)
         counters = config.tile * config.rows // (4 * 32 * config.warps)  # of a thread
-        mix = compiled["add_layer_norm bfloat16 1024", arch]["_forward_kernel"].mix
+        mix = compiled["add_layer_norm bfloat16 1024", arch]["forward_kernel"].mix
         products = sum(n for op, n in mix.items() if op.startswith("IMAD") and ("WIDE" in op or "HI" in op))
         assert products < 1.5 * 20 * counters, f"{products} wide products on {arch}"  # 10 rounds of 2
 
