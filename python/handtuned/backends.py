@@ -120,30 +120,34 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
+def _why_not_dtype(dtype: torch.dtype) -> str | None:
+    return None if dtype in DTYPES else f"{dtype} is not one of float32, float64, bfloat16, float16"
+
+
+def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _why_not_dtype(dtype) if device.type == "cpu" else f"input is on {device.type}"
+
+
+def _why_not_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"input is on {device.type}"
+    return "no CUDA C++ kernel for this op" if build_facts["cuda"].startswith("built") else build_facts["cuda"]
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type in ("cuda", "xpu"):
+        return triton_status() or _why_not_dtype(dtype)
+    if device.type == "cpu" and _state.backend == "triton" and triton_interprets():
+        return _why_not_dtype(dtype)
+    return f"input is on {device.type}"
+
+
 def candidates(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """The policy table: every backend in order of preference, with the reason of each that cannot serve the call."""
-    on_cpu, on_gpu = device.type == "cpu", device.type in ("cuda", "xpu")
-    known = dtype in DTYPES
-    dtype_reason = None if known else f"{dtype} is not one of float32, float64, bfloat16, float16"
-    no_cuda = None if build_facts["cuda"].startswith("built") else build_facts["cuda"]
     return [
-        Candidate("cpu", _C.isa(), dtype_reason if on_cpu else f"input is on {device.type}"),
-        Candidate(
-            "cuda",
-            "none",
-            no_cuda if on_gpu and no_cuda else "no CUDA C++ kernel for this op" if on_gpu else "input is on the CPU",
-        ),
-        Candidate(
-            "triton",
-            "interpreter" if on_cpu else "triton",
-            dtype_reason
-            or (triton_status() if on_gpu else None)
-            or (
-                f"input is on {device.type}"
-                if not on_gpu and not (on_cpu and triton_interprets() and _state.backend == "triton")
-                else None
-            ),
-        ),
+        Candidate("cpu", _C.isa(), _why_not_cpu(device, dtype)),
+        Candidate("cuda", "none", _why_not_cuda(device)),
+        Candidate("triton", "interpreter" if device.type == "cpu" else "triton", _why_not_triton(device, dtype)),
         Candidate("reference", "torch"),
     ]
 
