@@ -244,16 +244,12 @@ def test_torch_func_of_the_add_forms(name: str) -> None:
 
 
 def test_forward_mode_without_torch_func() -> None:
-    """Dual numbers are torch.autograd's business: right values or an error, never a tangent lost in silence."""
+    """Dual numbers get the formula's tangent, and a warning that no kernel served; never a tangent lost in silence."""
     x, t = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, t)
         want = torch.autograd.forward_ad.unpack_dual(F.layer_norm(dual, (5,))).tangent
-        try:
+        with pytest.warns(handtuned.FallbackWarning, match="forward-mode AD"):
             actual = torch.autograd.forward_ad.unpack_dual(H.layer_norm(dual, (5,))).tangent
-        except (RuntimeError, NotImplementedError) as error:
-            if "forward" not in str(error).lower() and "jvp" not in str(error).lower():
-                raise
-            return
     assert actual is not None
     torch.testing.assert_close(actual, want)
