@@ -190,15 +190,20 @@ HT_INLINE void find_statistics(ForwardRow<A>& row, int64_t cols, A eps) {
 // Pass 3.
 template <class T, bool Centre, bool Stream>
 HT_INLINE void write_output(T* y, const ForwardRow<Accumulate<T>>& row, int64_t cols, const Accumulate<T>* weight,
-                            const Accumulate<T>* bias) {
+                            const Accumulate<T>* bias, const T* next) {
   using A = Accumulate<T>;
   const A *h = row.h, mean = row.mean, rstd = row.rstd;
-  sweep<A>(cols, [&](int64_t c, auto part, int) HT_LAMBDA {
-    // y = (h - mean) * rstd * weight + bias
-    vec<A> v = (part.load(h + c) - mean) * rstd * part.load(weight + c);
-    if constexpr (Centre) v += part.load(bias + c);
-    part.template store<Stream>(y + c, v);
-  });
+  sweep<A>(
+      cols,
+      [&](int64_t c, auto part, int) HT_LAMBDA {
+        // y = (h - mean) * rstd * weight + bias
+        vec<A> v = (part.load(h + c) - mean) * rstd * part.load(weight + c);
+        if constexpr (Centre) v += part.load(bias + c);
+        part.template store<Stream>(y + c, v);
+      },
+      [&](int64_t c) HT_LAMBDA {
+        if (next) prefetch(next + c);
+      });
 }
 
 // Rows [begin, end), kRowBlock at a time and pass by pass, so that the latency of one row's sums hides behind the
@@ -219,8 +224,13 @@ void forward_rows(const NormForward& p, const Accumulate<T>* weight, const Accum
       if (p.mean) static_cast<A*>(p.mean)[i + r] = row[r].mean;
       if (p.rstd) static_cast<A*>(p.rstd)[i + r] = row[r].rstd;
     }
-    for (int64_t r = 0; r < n; ++r)
-      write_output<T, Centre, Stream>(static_cast<T*>(p.output) + (i + r) * p.cols, row[r], p.cols, weight, bias);
+    for (int64_t r = 0; r < n; ++r) {
+      // With a residual, four streams keep the memory busy as it is.
+      const bool ahead = !p.residual.data && i + r + block < end;
+      const T* next = ahead ? row_of<const T>(p.input, i + r + block) : nullptr;
+      write_output<T, Centre, Stream>(static_cast<T*>(p.output) + (i + r) * p.cols, row[r], p.cols, weight, bias,
+                                      next);
+    }
   }
   if constexpr (Stream) stream_fence();
 }
@@ -282,19 +292,26 @@ HT_INLINE void reduce_rows(BackwardRow<T>* row, const Accumulate<T>* weight, int
 // Pass 2, row i.
 template <class T, bool Centre, bool Stream>
 HT_INLINE void write_grad(const NormBackward& p, int64_t i, const BackwardRow<T>& row, const Accumulate<T>* weight,
-                          Accumulate<T>* factor) {
+                          Accumulate<T>* factor, int64_t next) {
   using A = Accumulate<T>;
   T* out = static_cast<T*>(p.grad_normalised) + i * p.cols;
   const T *grad = row.grad, *h = row.h;
   const A mean = row.mean, rstd = row.rstd, mean_g = row.mean_g, mean_gx = row.mean_gx;
+  const T *next_grad = row_of<const T>(p.grad_output, next), *next_h = row_of<const T>(p.input, next);
   auto write = [&](auto finish) HT_LAMBDA {
-    sweep<A>(p.cols, [&](int64_t c, auto part, int) HT_LAMBDA {
-      // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_new_residual
-      vec<A> xhat = (part.load(h + c) - mean) * rstd;
-      vec<A> g = part.load(grad + c) * part.load(weight + c);
-      if constexpr (Centre) g -= mean_g;
-      part.template store<Stream>(out + c, finish(c, part, rstd * (g - xhat * mean_gx)));
-    });
+    sweep<A>(
+        p.cols,
+        [&](int64_t c, auto part, int) HT_LAMBDA {
+          // dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_new_residual
+          vec<A> xhat = (part.load(h + c) - mean) * rstd;
+          vec<A> g = part.load(grad + c) * part.load(weight + c);
+          if constexpr (Centre) g -= mean_g;
+          part.template store<Stream>(out + c, finish(c, part, rstd * (g - xhat * mean_gx)));
+        },
+        [&](int64_t c) HT_LAMBDA {
+          prefetch(next_grad + c);
+          prefetch(next_h + c);
+        });
   };
   const T* extra = p.grad_new_residual.data ? row_of<const T>(p.grad_new_residual, i) : nullptr;
   auto add_extra = [=](int64_t c, auto part, vec<A> dx) HT_LAMBDA { return dx + part.load(extra + c); };
@@ -345,7 +362,10 @@ void backward_rows(const NormBackward& p, const Accumulate<T>* weight, int64_t b
     }
     if ((i - begin) % kFoldRows == kFoldRows - kRowBlock) fold_into(partials, running, 2 * p.cols);
     if (!p.grad_normalised) continue;
-    for (int64_t r = 0; r < n; ++r) write_grad<T, Centre, Stream>(p, i + r, row[r], weight, factor);
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t next = i + r + kRowBlock < end ? i + r + kRowBlock : i + r;
+      write_grad<T, Centre, Stream>(p, i + r, row[r], weight, factor, next);
+    }
   }
   fold_into(partials, running, 2 * p.cols);
   if constexpr (Stream) stream_fence();

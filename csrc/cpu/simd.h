@@ -230,6 +230,13 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
+// Asks for the cache lines of the next four vectors' worth of elements from p on.
+template <class T>
+HT_INLINE void prefetch(const T* p) {
+  constexpr int bytes = 4 * kLanes<Accumulate<T>> * int(sizeof(T));
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + line);
+}
+
 // ---- across lanes -----------------------------------------------------------------------------------------------
 
 // Sum of all lanes: halves are added until one lane is left, so the order is fixed.
@@ -301,13 +308,18 @@ struct Tail {
   }
 };
 
+struct Nothing {
+  HT_INLINE void operator()(int64_t) const {}
+};
+
 // Calls body(column, part, j) along a row of cols elements, four vectors at a time; j in 0..3 names an accumulator,
-// so that four sums run side by side.
-template <class A, class Body>
-HT_INLINE void sweep(int64_t cols, Body body) {
+// so that four sums run side by side. ahead(column) comes before each four.
+template <class A, class Body, class Ahead = Nothing>
+HT_INLINE void sweep(int64_t cols, Body body, Ahead ahead = {}) {
   constexpr int64_t L = kLanes<A>;
   int64_t c = 0;
   for (; c + 4 * L <= cols; c += 4 * L) {
+    ahead(c);
     body(c, Whole<A>{}, 0);
     body(c + L, Whole<A>{}, 1);
     body(c + 2 * L, Whole<A>{}, 2);
