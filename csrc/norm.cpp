@@ -234,7 +234,7 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
   p.grad_dropped = needs.dropped ? out.dropped.data_ptr() : nullptr;
   p.grad_weight = needs.weight ? out.weight.data_ptr() : nullptr;
   p.grad_bias = needs.bias ? out.bias.data_ptr() : nullptr;
-  Tensor partials = empty({norm_backward_chunks(p.rows, p.cols), 2, p.cols}, statistics_dtype(input));
+  Tensor partials = empty({norm_backward_chunks(p.rows, p.cols), 2, norm_pitch(p.cols)}, statistics_dtype(input));
   p.partials = partials.data_ptr();
   kernels().norm_backward(p);
   return out;

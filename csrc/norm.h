@@ -40,12 +40,15 @@ struct NormBackward {
   void* grad_dropped;             // [rows, cols] dx through the dropout; nullptr without dropout
   void* grad_weight;              // [cols] weight_dtype, nullptr if not wanted
   void* grad_bias;                // [cols] weight_dtype, nullptr if not wanted
-  void* partials;                 // [norm_backward_chunks, 2, cols] f32 (f64 for f64), scratch
+  void* partials;                 // [norm_backward_chunks, 2, norm_pitch] f32 (f64 for f64), scratch
 };
 
 // The backward sums dweight and dbias over rows in chunks whose borders depend on the shape alone, so the bits of
 // the result do not depend on the number of threads. At most 64 chunks, each of at least ~16k elements.
 constexpr int64_t kNormRowBlock = 4;
+
+// Scratch beside a row has room for its last vector, at the widest.
+inline int64_t norm_pitch(int64_t cols) { return (cols + 15) / 16 * 16; }
 
 inline int64_t norm_backward_chunk_rows(int64_t rows, int64_t cols) {
   int64_t for_64_chunks = (rows + 63) / 64;

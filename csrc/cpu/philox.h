@@ -33,17 +33,21 @@ HT_INLINE PhiloxBlock philox(PhiloxBlock c, uint64_t seed) {
   return c;
 }
 
-// factor[c] = 1 / (1 - p) where element (row, c) is kept, else 0, for c < cols rounded up to kDropoutBlock.
+// factor[c] = 1 / (1 - p) where element (row, c) is kept, else 0, for c < cols rounded up to kDropoutBlock; Paired: in
+// the row order of row.h.
 inline constexpr int64_t kDropoutBlock = 128;
 
-template <class A>
+template <bool Paired, class A>
 inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout) {
   constexpr int L = kLanes<float>;
   const int32_t threshold = int32_t(dropout.p * 65536.0 + 0.5);
   const A scale = dropout.p < 1 ? A(1.0 / (1.0 - dropout.p)) : A(0);
   const u64 row_low = u64{} + uint64_t(uint32_t(row)), row_high = u64{} + (uint64_t(row) >> 32);
-  u64 even = {};
-  for (int i = 0; i < L / 2; ++i) even[i] = 2 * i;
+  // Vector l of a run of sixteen columns holds columns l * L + i, or, paired, column 2 * i + l, in lane i.
+  static_assert(!Paired || L == 8);
+  constexpr int step = Paired ? 2 : 1, next_vector = Paired ? 1 : L;
+  u64 even = {};  // the columns of lanes 0, 2, 4 ...
+  for (int i = 0; i < L / 2; ++i) even[i] = 2 * i * step;
 
   auto write = [=](A* out, i32 number) HT_LAMBDA {
     i32 kept = number >= threshold;  // all ones or zero
@@ -55,9 +59,9 @@ inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout) {
   };
   for (int64_t c = 0; c < cols; c += kDropoutBlock) {
     for (int lane = 0; lane < 16; lane += L) {
-      u64 counter = even + uint64_t(c / 8 + lane);
+      u64 counter = even + uint64_t(c / 8 + lane / L * next_vector);
       PhiloxBlock a = philox({counter, row_low, row_high, u64{}}, dropout.seed);
-      PhiloxBlock b = philox({counter + 1, row_low, row_high, u64{}}, dropout.seed);
+      PhiloxBlock b = philox({counter + step, row_low, row_high, u64{}}, dropout.seed);
       const u64 wa[4] = {a.c0, a.c1, a.c2, a.c3}, wb[4] = {b.c0, b.c1, b.c2, b.c3};
 #pragma GCC unroll 4
       for (int word = 0; word < 4; ++word) {

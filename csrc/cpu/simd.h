@@ -230,13 +230,6 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
-// Asks for the cache lines of the next four vectors' worth of elements from p on.
-template <class T>
-HT_INLINE void prefetch(const T* p) {
-  constexpr int bytes = 4 * kLanes<Accumulate<T>> * int(sizeof(T));
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + line);
-}
-
 // ---- across lanes -----------------------------------------------------------------------------------------------
 
 // Sum of all lanes: halves are added until one lane is left, so the order is fixed.
@@ -268,89 +261,6 @@ HT_INLINE u64 multiply_low32(u64 a, u64 b) {
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);
 #endif
-}
-
-// ---- sweeping a row ---------------------------------------------------------------------------------------------
-
-// A vector's worth of a row: Whole, or the n < lanes elements at its end. Code written against either compiles to
-// plain vector instructions for Whole.
-template <class A>
-struct Whole {
-  template <class T>
-  HT_INLINE vec<A> load(const T* p) const {
-    return HANDTUNED_ISA::load(p);
-  }
-  template <bool Stream = false, class T>
-  HT_INLINE void store(T* p, vec<A> v) const {
-    Stream ? HANDTUNED_ISA::stream(p, v) : HANDTUNED_ISA::store(p, v);
-  }
-  HT_INLINE vec<A> only(vec<A> v) const { return v; }
-};
-
-template <class A>
-struct Tail {
-  int n;
-  template <class T>
-  HT_INLINE vec<A> load(const T* p) const {  // zeros past the end
-    T a[kLanes<A>] = {};
-    __builtin_memcpy(a, p, n * sizeof(T));
-    return HANDTUNED_ISA::load(a);
-  }
-  template <bool Stream = false, class T>
-  HT_INLINE void store(T* p, vec<A> v) const {
-    T a[kLanes<A>];
-    HANDTUNED_ISA::store(a, v);
-    __builtin_memcpy(p, a, n * sizeof(T));
-  }
-  HT_INLINE vec<A> only(vec<A> v) const {  // zeros past the end
-    for (int i = 0; i < kLanes<A>; ++i) v[i] = i < n ? v[i] : A(0);
-    return v;
-  }
-};
-
-struct Nothing {
-  HT_INLINE void operator()(int64_t) const {}
-};
-
-// Calls body(column, part, j) along a row of cols elements, four vectors at a time; j in 0..3 names an accumulator,
-// so that four sums run side by side. ahead(column) comes before each four.
-template <class A, class Body, class Ahead = Nothing>
-HT_INLINE void sweep(int64_t cols, Body body, Ahead ahead = {}) {
-  constexpr int64_t L = kLanes<A>;
-  int64_t c = 0;
-  for (; c + 4 * L <= cols; c += 4 * L) {
-    ahead(c);
-    body(c, Whole<A>{}, 0);
-    body(c + L, Whole<A>{}, 1);
-    body(c + 2 * L, Whole<A>{}, 2);
-    body(c + 3 * L, Whole<A>{}, 3);
-  }
-  for (; c + L <= cols; c += L) body(c, Whole<A>{}, 0);
-  if (c < cols) body(c, Tail<A>{int(cols - c)}, 1);
-}
-
-// A sum along a row: four accumulators side by side, folded into a total after each segment of a long row, so that
-// rounding grows with the length of a segment and the number of segments, not with their product.
-template <class A>
-struct Sum {
-  vec<A> running[4] = {}, folded = {};
-  HT_INLINE void add(int j, vec<A> v) { running[j] += v; }
-  HT_INLINE void fold() {
-    folded += (running[0] + running[1]) + (running[2] + running[3]);
-    for (auto& r : running) r = vec<A>{};
-  }
-  HT_INLINE A total() const { return sum_lanes(folded); }
-};
-
-// sweep() in segments, with fold() after each.
-template <class A, class Body, class Fold>
-HT_INLINE void sweep_segments(int64_t cols, Body body, Fold fold) {
-  constexpr int64_t kSegment = 64 * kLanes<A>;
-  for (int64_t first = 0; first < cols; first += kSegment) {
-    const int64_t n = cols - first < kSegment ? cols - first : kSegment;
-    sweep<A>(n, [&](int64_t c, auto part, int j) HT_LAMBDA { body(first + c, part, j); });
-    fold();
-  }
 }
 
 }  // namespace handtuned::HANDTUNED_ISA
