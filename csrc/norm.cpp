@@ -30,10 +30,6 @@ Shape2d shape_of(const char* op, const Tensor& input, int64_t normalized_ndim) {
   return shape;
 }
 
-bool equal(Shape a, Shape b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(int64_t)) == 0;
-}
-
 // Same shape, dtype and device as input.
 void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
   HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
@@ -72,18 +68,6 @@ void fill(const Tensor& tensor, double value) {
     case ScalarType::Float: std::fill_n(static_cast<float*>(tensor.data_ptr()), n, float(value)); break;
     default: std::memset(tensor.data_ptr(), 0, n * size_of(tensor.scalar_type()));  // 16 bits: only ever zeros
   }
-}
-
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
-  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
-  if (p == 0) return {};
-  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
-  HT_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
-           to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
-           ", expected one int64 element on the device of input; draw it with torch.randint");
-  uint64_t key;
-  std::memcpy(&key, seed->data_ptr(), sizeof key);
-  return {p, key};
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
@@ -189,8 +173,6 @@ struct Needs {
 struct BackwardOutputs {
   Tensor normalised, dropped, weight, bias;
 };
-
-Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype) { return wanted ? empty(sizes, dtype) : empty({0}, dtype); }
 
 BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_output,
                              const OptionalTensor& grad_new_residual, const Tensor& input, int64_t normalized_ndim,

@@ -1,6 +1,8 @@
-// Every op's schema. The last normalized_ndim dims of input are normalised together; stats is [2, rows] (mean, rstd),
-// rstd is [rows]; both float32 (float64 for float64). A _inference op is the same without
-// them, a tensor less to allocate. A need_* that is false gives a gradient of shape [0].
+// Every op's schema. A need_* that is false gives a gradient of shape [0].
+//
+// Norms: the last normalized_ndim dims of input are normalised together; stats is [2, rows] (mean, rstd),
+// rstd is [rows]; both float32 (float64 for float64). An
+// _inference op is the same without them, a tensor less to allocate.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(handtuned, m) {
@@ -45,4 +47,20 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       " int normalized_ndim, Tensor rstd, Tensor? weight, float dropout_p, Tensor? seed,"
       " bool need_input, bool need_residual, bool need_weight)"
       " -> (Tensor grad_input, Tensor grad_residual, Tensor grad_weight)");
+
+  // query [B, H, Lq, D], or packed [T, H, D] with query_starts [B + 1]; output likewise with value's width; lse is
+  // [B, H, Lq] or [H, T], float32 (float64 for float64). See attention.h for the maths and docs/attention.md for
+  // shapes.
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? query_starts, Tensor? key_starts,"
+      " Tensor? key_lengths, Tensor? block_table, Tensor? alibi_slopes, Tensor? sinks, float scale, bool bottom_right,"
+      " int window_left, int window_right, float softcap, float dropout_p, Tensor? seed)"
+      " -> (Tensor output, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor output,"
+      " Tensor lse, Tensor? mask, Tensor? query_starts, Tensor? key_starts, Tensor? key_lengths, Tensor? alibi_slopes,"
+      " Tensor? sinks, float scale, bool bottom_right, int window_left, int window_right, float softcap,"
+      " float dropout_p, Tensor? seed, bool need_query, bool need_key, bool need_value, bool need_mask,"
+      " bool need_sinks)"
+      " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)");
 }

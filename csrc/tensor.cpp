@@ -1,5 +1,7 @@
 #include "tensor.h"
 
+#include <cstring>
+
 #include <sys/mman.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -59,6 +61,35 @@ DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
   }
 }
 
+size_t size_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Short: return 2;
+    default: return 1;
+  }
+}
+
+bool equal(Shape a, Shape b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(int64_t)) == 0;
+}
+
+Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype) {
+  int64_t n = 1;
+  for (size_t d = 0; d < sizes.size(); ++d) n *= sizes[d];
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  const size_t bytes = size_t(n) * size_of(dtype);
+  if (bytes >= kAskForHugePages) advise_huge_pages(tensor.data_ptr(), bytes);
+  return tensor;
+}
+
 Tensor empty(Shape sizes, ScalarType dtype) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());
@@ -67,13 +98,19 @@ Tensor empty(Shape sizes, ScalarType dtype) {
     strides[d] = n;
     n *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(ndim, sizes.data(), strides, int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor tensor(handle);
-  const size_t bytes = size_t(n) * size_of(dtype);
-  if (bytes >= kAskForHugePages) advise_huge_pages(tensor.data_ptr(), bytes);
-  return tensor;
+  return empty_strided(sizes, Shape(strides, ndim), dtype);
+}
+
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
+  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
+  if (p == 0) return {};
+  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
+  HT_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
+           to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
+           ", expected one int64 element on the device of input; draw it with torch.randint");
+  uint64_t key;
+  std::memcpy(&key, seed->data_ptr(), sizeof key);
+  return {p, key};
 }
 
 Tensor contiguous(const Tensor& tensor) {

@@ -76,15 +76,22 @@ template <class... Parts>
 // The kernels' element type; an error that lists the supported ones for any other.
 DType dtype_of(const char* op, const char* argument, const Tensor& tensor);
 
+bool equal(Shape a, Shape b);
+
 // Uninitialised contiguous CPU tensor. Large ones are given huge pages: the page faults of a fresh 32 MB output take
 // several times as long as a norm needs to fill it.
 Tensor empty(Shape sizes, ScalarType dtype);
+Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype);  // strides that leave no gaps
+inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype) {
+  return wanted ? empty(sizes, dtype) : empty({0}, dtype);
+}
 
 Tensor contiguous(const Tensor& tensor);
 
-inline size_t size_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : dtype == ScalarType::Long ? 8 : 2;
-}
+size_t size_of(ScalarType dtype);  // in bytes
+
+// The key of the dropout's generator; checks p and, where p > 0, the seed.
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed);
 
 // The tensor as rows of its last `row_ndim` dims. Where a row is not contiguous in memory (or more than
 // StridedRows::kMaxDims outer strides remain), `holder` takes one contiguous copy and the rows point into that.

@@ -3,6 +3,8 @@
 // AVX-512 copy of a function that the rest of the library shares.
 #include "kernels.h"
 
+#include "attention.h"
+#include "attention_backward.h"
 #include "limits.h"
 #include "norm.h"
 
@@ -10,7 +12,8 @@ namespace handtuned::HANDTUNED_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    HANDTUNED_ISA_NAME, kVectorBytes, &norm_forward, &norm_backward, &copy, &multiply_add,
+    HANDTUNED_ISA_NAME, kVectorBytes,        &norm_forward, &norm_backward,
+    &attention_forward, &attention_backward, &copy,         &multiply_add,
 };
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -7,12 +7,16 @@ namespace handtuned {
 
 struct NormForward;
 struct NormBackward;
+struct AttentionForward;
+struct AttentionBackward;
 
 struct Kernels {
   const char* isa;
   int vector_bytes;
   void (*norm_forward)(const NormForward&);
   void (*norm_backward)(const NormBackward&);
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
   // Machine limits, measured with this ISA's own loads, stores and multiply-adds (cpu/limits.h).
   void (*copy)(void* dst, const void* src, size_t bytes);  // non-temporal stores
   double (*multiply_add)(int64_t iterations);              // returns the flops it did

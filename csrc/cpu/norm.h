@@ -22,13 +22,12 @@
 #pragma once
 #include "../norm.h"
 
-#include <stdlib.h>  // the C header: <cstdlib> brings inline functions into an ISA file
-
 #include <type_traits>
 
 #include "parallel.h"
 #include "philox.h"
 #include "row.h"
+#include "scratch.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -42,22 +41,6 @@ inline constexpr int64_t kRowBlock = kNormRowBlock;
 inline constexpr int64_t kFoldRows = 32, kFoldChunks = 8;
 // Rows of at most this many bytes (as float or double) go forward in blocks: a block's buffer still fits L1.
 inline constexpr int64_t kShortRow = 4 << 10;
-
-// Scratch that lives for one task: on the stack for ordinary rows, 64-byte aligned.
-template <class A>
-struct Scratch {
-  static constexpr int64_t kInline = 16384 / sizeof(A);
-  alignas(64) A small[kInline];
-  A* data;
-  explicit Scratch(int64_t n) {
-    data = n <= kInline ? small : static_cast<A*>(aligned_alloc(64, (n * sizeof(A) + 63) / 64 * 64));
-    if (!data) abort();
-  }
-  ~Scratch() {
-    if (data != small) free(data);
-  }
-  Scratch(const Scratch&) = delete;
-};
 
 // cols rounded up to what dropout_row() writes.
 inline int64_t dropout_pitch(int64_t cols) { return (cols + kDropoutBlock - 1) / kDropoutBlock * kDropoutBlock; }

@@ -17,6 +17,16 @@ void parallel_for(int64_t n, int64_t grain, F f) {
   parallel_range(n, grain, [](int64_t begin, int64_t end, void* self) { (*static_cast<F*>(self))(begin, end); }, &f);
 }
 
+// f(i) once for each i in [0, n), in the order of a common counter, so that pieces of unlike cost fill all threads.
+// What f(i) computes may depend on i alone.
+template <class F>
+void parallel_pieces(int64_t n, bool serial, F f) {
+  int64_t next = 0;
+  parallel_for(n, serial ? n : 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(i);
+  });
+}
+
 }  // namespace HANDTUNED_ISA
 #endif
 

@@ -33,12 +33,12 @@ HT_INLINE PhiloxBlock philox(PhiloxBlock c, uint64_t seed) {
   return c;
 }
 
-// factor[c] = 1 / (1 - p) where element (row, c) is kept, else 0, for c < cols rounded up to kDropoutBlock; Paired: in
-// the row order of row.h.
+// factor[c] = 1 / (1 - p) where element (row, first + c) is kept, else 0, for c < cols rounded up to kDropoutBlock, of
+// which first is a multiple; Paired: in the row order of row.h.
 inline constexpr int64_t kDropoutBlock = 128;
 
 template <bool Paired, class A>
-inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout) {
+inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, int64_t first = 0) {
   constexpr int L = kLanes<float>;
   const int32_t threshold = int32_t(dropout.p * 65536.0 + 0.5);
   const A scale = dropout.p < 1 ? A(1.0 / (1.0 - dropout.p)) : A(0);
@@ -59,7 +59,7 @@ inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout) {
   };
   for (int64_t c = 0; c < cols; c += kDropoutBlock) {
     for (int lane = 0; lane < 16; lane += L) {
-      u64 counter = even + uint64_t(c / 8 + lane / L * next_vector);
+      u64 counter = even + uint64_t((first + c) / 8 + lane / L * next_vector);
       PhiloxBlock a = philox({counter, row_low, row_high, u64{}}, dropout.seed);
       PhiloxBlock b = philox({counter + step, row_low, row_high, u64{}}, dropout.seed);
       const u64 wa[4] = {a.c0, a.c1, a.c2, a.c3}, wb[4] = {b.c0, b.c1, b.c2, b.c3};

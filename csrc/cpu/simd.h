@@ -6,6 +6,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "../params.h"
 
@@ -41,6 +42,7 @@ using f32 = float __attribute__((vector_size(kVectorBytes)));
 using f64 = double __attribute__((vector_size(kVectorBytes)));
 using i32 = int32_t __attribute__((vector_size(kVectorBytes)));
 using u32 = uint32_t __attribute__((vector_size(kVectorBytes)));
+using i64 = int64_t __attribute__((vector_size(kVectorBytes)));
 using u64 = uint64_t __attribute__((vector_size(kVectorBytes)));
 using u16_half = uint16_t __attribute__((vector_size(kVectorBytes / 2)));  // as many lanes as f32
 
@@ -61,15 +63,17 @@ struct VectorOf;
 template <>
 struct VectorOf<float> {
   using type = f32;
-  using bits = u32;
+  using integers = i32;
 };
 template <>
 struct VectorOf<double> {
   using type = f64;
-  using bits = u64;
+  using integers = i64;
 };
 template <class A>
 using vec = typename VectorOf<A>::type;
+template <class A>
+using ints = typename VectorOf<A>::integers;  // as wide, lane by lane: positions, and what comparisons give
 template <class A>
 inline constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
@@ -193,6 +197,25 @@ HT_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &bits, sizeof bits);
 }
 
+// Booleans as what a softmax adds to a score: 0 where true, -infinity where false.
+struct boolean {
+  uint8_t byte;
+};
+HT_INLINE f32 load_bias(const boolean* p, float) {
+  using bytes = uint8_t __attribute__((vector_size(kVectorBytes / 4)));
+  i32 off = __builtin_convertvector(load_bits<bytes>(p), i32) == 0;
+  return (f32)(off & (i32)broadcast(-__builtin_inff()));
+}
+HT_INLINE f64 load_bias(const boolean* p, double) {
+  using bytes = uint8_t __attribute__((vector_size(kVectorBytes / 8)));
+  i64 off = __builtin_convertvector(load_bits<bytes>(p), i64) == 0;
+  return (f64)(off & (i64)broadcast(-__builtin_inf()));
+}
+template <class T, class A>
+HT_INLINE vec<A> load_bias(const T* p, A) {
+  return load(p);
+}
+
 // What store() leaves in memory, as the accumulate type again.
 HT_INLINE f32 rounded_to(f32 v, const float*) { return v; }
 HT_INLINE f64 rounded_to(f64 v, const double*) { return v; }
@@ -247,6 +270,27 @@ HT_INLINE float sum_lanes(float __attribute__((vector_size(64))) v) {
 }
 HT_INLINE double sum_lanes(double __attribute__((vector_size(64))) v) {
   return sum_lanes(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+}
+
+template <int Step, class V, int... lane>
+HT_INLINE void exchange(V& a, V& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = sizeof...(lane);
+  V low = __builtin_shufflevector(a, b, (lane & Step ? lane - Step + L : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & Step ? lane + L : lane + Step)...);
+  a = low;
+}
+
+// The square of one vector a row, transposed in registers: blocks of Step x Step change places across the diagonal of
+// blocks of twice their size (Eklundh 1972).
+template <class A, int Step = 1>
+HT_INLINE void transpose(vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  if constexpr (Step < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i)
+      if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
+    transpose<A, 2 * Step>(rows);
+  }
 }
 
 // Lane i of the product is the 64-bit product of the low 32 bits of lane i of a and b.
