@@ -184,11 +184,11 @@ void fill_keys(const char* op, Attention& p, Holders& h, const Tensor& query, co
 void fill_mask(const char* op, Attention& p, const Tensor& query, const Tensor& mask) {
   check_device(op, "mask", mask);
   const ScalarType dtype = mask.scalar_type(), own = query.scalar_type();
-  using Type = AttentionMask::Type;
-  p.mask.type = dtype == ScalarType::Bool ? Type::boolean : dtype == own ? Type::same : Type::f32;
-  HT_CHECK(p.mask.type != Type::f32 || (dtype == ScalarType::Float && own != ScalarType::Double), op, "mask is ",
-           to_string(dtype), ", allowed are bool, ", to_string(own), own == ScalarType::Double ? "" : " and float32",
-           "; convert it with .to()");
+  p.mask.boolean = dtype == ScalarType::Bool;
+  const bool wider = dtype == ScalarType::Float && own != ScalarType::Double;
+  HT_CHECK(p.mask.boolean || dtype == own || wider, op, "mask is ", to_string(dtype), ", allowed are bool, ",
+           to_string(own), own == ScalarType::Double ? "" : " and float32", "; convert it with .to()");
+  if (!p.mask.boolean) p.mask.dtype = dtype_of(op, "mask", mask);
   HT_CHECK(mask.dim() <= 4, op, "mask has ", mask.dim(), " dims, the limit is 4: [batch, heads, queries, keys]");
   int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {};
   for (int64_t d = 0, n = mask.dim(); d < n; ++d) {
@@ -322,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (mask) fill_mask(op, p, query, *mask);
   fill_options(op, p, h, query, alibi_slopes, sinks, {scale, bottom_right, window_left, window_right, softcap});
   p.dropout = dropout_of(op, dropout_p, seed);
-  need_mask &= mask && p.mask.type != AttentionMask::Type::boolean;
+  need_mask &= mask && !p.mask.boolean;
   need_sinks &= bool(sinks);
 
   int64_t out_sizes[4];

@@ -21,9 +21,9 @@ struct AttentionTensor {
 };
 
 struct AttentionMask {
-  enum class Type : int8_t { none, boolean, same, f32 };  // same: the dtype of query
-  Type type = Type::none;
-  const void* data = nullptr;
+  const void* data = nullptr;  // nullptr: none
+  bool boolean = false;        // true where a key may be seen; else of `dtype`, added to the score
+  DType dtype{};
   int64_t batch = 0, head = 0, row = 0, key = 0;       // strides in elements, 0 along a broadcast dim
   int64_t batches = 1, heads = 1, rows = 1, keys = 1;  // sizes
 };

@@ -6,6 +6,8 @@
 namespace handtuned {
 
 enum class DType : int8_t { f32, f64, bf16, f16 };
+inline bool is_narrow(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16; }
+inline int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // Storage-only 16-bit floats; arithmetic happens after conversion to float (simd.h).
 struct bf16 {

@@ -27,6 +27,13 @@ HT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// Too little work to wake other threads for.
+inline bool is_small(const Attention& p) {
+  constexpr double kSmallFlops = 1 << 19;
+  const double products = 2.0 * double(p.batch * p.heads) * double(p.query_rows) * double(p.key_rows);
+  return products * double(p.width + p.value_width) < kSmallFlops;
+}
+
 // What is known of each lane. Lanes past `rows` see no key.
 template <class A>
 struct Panel {
@@ -58,7 +65,7 @@ inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t 
       panel.query[lane] = i;
       panel.head[lane] = head;
       panel.centre[lane] = A(i + e.offset);
-      panel.slope[lane] = p.slopes ? A(p.slopes[b * p.heads + head] * kLog2e) : A(0);
+      panel.slope[lane] = p.slopes ? A(p.slopes[b * p.heads + head]) : A(0);
       if (++i == e.query_rows) i = 0, ++head;
     } else {
       panel.query[lane] = panel.query[0], panel.head[lane] = panel.head[0];
@@ -72,14 +79,38 @@ inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t 
 
 // ---- packing ----------------------------------------------------------------------------------------------------
 
-// First `n` elements as a vector, zeros after.
-template <class T>
-HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
-  using A = Accumulate<T>;
-  if (n >= kLanes<A>) return load(p);
-  T a[kLanes<A>] = {};
-  __builtin_memcpy(a, p, n * sizeof(T));
-  return load(a);
+// Only rows of tensors know of 16 bits: everything between is float, or double for double tensors.
+template <class A, class Use>
+HT_INLINE void with_type(DType dtype, Use use) {
+  if constexpr (std::is_same_v<A, double>) return use(static_cast<double*>(nullptr));
+  if (dtype == DType::f32) return use(static_cast<float*>(nullptr));
+  dtype == DType::bf16 ? use(static_cast<bf16*>(nullptr)) : use(static_cast<f16*>(nullptr));
+}
+
+// A row of `dtype` as A: in place where it is that already, else converted into `to` [padded(width)].
+template <class A>
+HT_INLINE const A* read_row(DType dtype, const void* row, int64_t width, A* to) {
+  if (!is_narrow(dtype)) return static_cast<const A*>(row);
+  with_type<A>(dtype, [&](auto* type) HT_LAMBDA {
+    auto* from = static_cast<decltype(type)>(const_cast<void*>(row));
+    for (int64_t c = 0; c < width; c += kLanes<A>) {
+      if constexpr (std::is_same_v<Accumulate<std::remove_pointer_t<decltype(type)>>, A>)
+        store(to + c, load_first(from + c, width - c));
+    }
+  });
+  return to;
+}
+
+// row[c] = from[c] * scale
+template <class A>
+HT_INLINE void write_row(DType dtype, void* row, int64_t width, const A* from, A scale) {
+  with_type<A>(dtype, [&](auto* type) HT_LAMBDA {
+    auto* to = static_cast<decltype(type)>(row);
+    for (int64_t c = 0; c < width; c += kLanes<A>) {
+      if constexpr (std::is_same_v<Accumulate<std::remove_pointer_t<decltype(type)>>, A>)
+        store_first(to + c, load(from + c) * scale, width - c);
+    }
+  });
 }
 
 // to[c][lane] = element c of lane's row, c < width, lane < rows; zero for the other lanes of `vectors` vectors. Row
@@ -98,78 +129,65 @@ HT_INLINE void pack_transposed(int64_t width, int rows, int vectors, A* to, From
   }
 }
 
-// to[lane][c] = from[c][lane]: calls put(lane, c, vector, n) with n <= L elements of a row.
-template <class A, class Put>
-HT_INLINE void unpack_transposed(int64_t width, int rows, const A* from, Put put) {
+// rows[lane][c] = from[c][lane], c < width, lane < rows; rows have room for padded(width).
+template <class A>
+HT_INLINE void unpack_transposed(int64_t width, int rows, const A* from, A* to, int64_t pitch) {
   constexpr int L = kLanes<A>, W = kPanel<A>;
   for (int first = 0; first < rows; first += L) {
     for (int64_t c = 0; c < width; c += L) {
       vec<A> square[L];
-      const int64_t n = least(L, width - c);
-      for (int64_t i = 0; i < L; ++i) square[i] = i < n ? load(from + (c + i) * W + first) : vec<A>{};
+      for (int64_t i = 0; i < L; ++i) square[i] = c + i < width ? load(from + (c + i) * W + first) : vec<A>{};
       transpose<A>(square);
-      for (int i = 0; i < L && first + i < rows; ++i) put(first + i, c, square[i], n);
+      for (int i = 0; i < L && first + i < rows; ++i) store(to + (first + i) * pitch + c, square[i]);
     }
   }
 }
 
-template <class T, class V>
-HT_INLINE void store_first(T* p, V v, int64_t n) {
-  if (n >= kLanes<Accumulate<T>>) return store(p, v);
-  T a[kLanes<Accumulate<T>>];
-  store(a, v);
-  __builtin_memcpy(p, a, n * sizeof(T));
+// Where a row starts.
+HT_INLINE void* query_row(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+                          int64_t head, int64_t row) {
+  const int64_t at = b * t.batch + head * t.head + (e.first_query + row) * t.row;
+  return static_cast<char*>(t.data) + at * bytes_of(p.dtype);
 }
-
-// Row `row` of a query-like tensor.
-template <class T>
-HT_INLINE T* query_row(const AttentionTensor& t, const AttentionEntry& e, int64_t b, int64_t head, int64_t row) {
-  return static_cast<T*>(t.data) + b * t.batch + head * t.head + (e.first_query + row) * t.row;
-}
-template <class T>
-HT_INLINE T* key_row(const AttentionTensor& t, const AttentionEntry& e, int64_t b, int64_t head, int64_t row) {
-  return static_cast<T*>(t.data) + b * t.batch + head * t.head + (e.first_key + row) * t.row;
+HT_INLINE void* key_row(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b, int64_t head,
+                        int64_t row) {
+  int64_t at = b * t.batch + (e.first_key + row) * t.row;
+  if (p.pages) at = p.pages[b * p.max_pages + row / p.page_size] * t.batch + row % p.page_size * t.row;
+  return static_cast<char*>(t.data) + (at + head * t.head) * bytes_of(p.dtype);
 }
 
 // ---- keys and values --------------------------------------------------------------------------------------------
 
 // Keys (or values) [first, first + n) as rows of A: in place where they are that already, else converted or gathered
 // from their pages into `scratch` [n][padded(width)].
-template <class T>
-HT_INLINE Broadcast<Accumulate<T>> key_block(const Attention& p, const AttentionTensor& t, const AttentionEntry& e,
-                                             int64_t b, int64_t kv_head, int64_t first, int64_t n, int64_t width,
-                                             Accumulate<T>* scratch) {
-  using A = Accumulate<T>;
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (!p.pages) return {key_row<A>(t, e, b, kv_head, first), t.row, 1};
-  }
+template <class A>
+HT_INLINE Broadcast<A> key_block(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+                                 int64_t kv_head, int64_t first, int64_t n, int64_t width, A* scratch) {
+  const bool wide = !is_narrow(p.dtype);
+  if (wide && !p.pages) return {static_cast<A*>(key_row(p, t, e, b, kv_head, first)), t.row, 1};
   const int64_t pitch = padded<A>(width);
   for (int64_t j = 0; j < n; ++j) {
-    const T* from;
-    if (p.pages) {
-      const int64_t page = p.pages[b * p.max_pages + (first + j) / p.page_size], slot = (first + j) % p.page_size;
-      from = static_cast<const T*>(t.data) + page * t.batch + kv_head * t.head + slot * t.row;
-    } else {
-      from = key_row<T>(t, e, b, kv_head, first + j);
-    }
-    for (int64_t c = 0; c < width; c += kLanes<A>) store(scratch + j * pitch + c, load_first(from + c, width - c));
+    A* to = scratch + j * pitch;
+    const A* row = read_row(p.dtype, key_row(p, t, e, b, kv_head, first + j), width, to);
+    if (wide) __builtin_memcpy(to, row, width * sizeof(A));
   }
   return {scratch, pitch, 1};
 }
 
 template <class A>
 inline bool all_finite(Broadcast<A> rows, int64_t n, int64_t width) {
-  vec<A> sum = {};
+  ints<A> finite = ~ints<A>{};
   for (int64_t j = 0; j < n; ++j)
-    for (int64_t c = 0; c < width; c += kLanes<A>) sum += load_first(rows.data + j * rows.row + c, width - c) * A(0);
+    for (int64_t c = 0; c < width; c += kLanes<A>)
+      finite &= absolute(load_first(rows.data + j * rows.row + c, width - c)) < A(__builtin_inf());
   for (int i = 0; i < kLanes<A>; ++i)
-    if (sum[i] != 0) return false;
+    if (!finite[i]) return false;
   return true;
 }
 
 // ---- scores -----------------------------------------------------------------------------------------------------
 
-// bias[j][lane] = the mask of (lane's query, key first + j) in units of log2: additive * log2(e), or 0 and -infinity.
+// bias[j][lane] = the mask of (lane's query, key first + j) : what is added to the score, -infinity to hide.
 template <class M, class A>
 inline void load_mask(const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n, A* bias) {
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
@@ -181,7 +199,7 @@ inline void load_mask(const AttentionMask& m, const Panel<A>& panel, int64_t b, 
       for (int64_t i = 0; i < count; ++i) near[i] = row[i * m.key];
       row = near;
     }
-    return load_bias(row, A()) * A(kLog2e);
+    return load_bias(row, A());
   };
   if (m.row == 0 && (m.head == 0 || panel.head[0] == panel.head[panel.rows - 1])) {  // one row for all lanes
     for (int64_t j = 0; j < n; j += L) {
@@ -194,12 +212,14 @@ inline void load_mask(const AttentionMask& m, const Panel<A>& panel, int64_t b, 
   }
 }
 
-template <class T, class A>
+template <class A>
 inline void load_mask_of_any_type(const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n,
                                   A* bias) {
-  if (m.type == AttentionMask::Type::boolean) return load_mask<boolean>(m, panel, b, first, n, bias);
-  if (m.type == AttentionMask::Type::same) return load_mask<T>(m, panel, b, first, n, bias);
-  if constexpr (std::is_same_v<A, float>) return load_mask<float>(m, panel, b, first, n, bias);
+  if (m.boolean) return load_mask<boolean>(m, panel, b, first, n, bias);
+  with_type<A>(m.dtype, [&](auto* type) {
+    using M = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<Accumulate<M>, A>) load_mask<M>(m, panel, b, first, n, bias);
+  });
 }
 
 // What p.dropout multiplies the weights of the block with, transposed like the scores. row: scratch [W][kKeyBlock].
@@ -226,39 +246,33 @@ HT_INLINE PanelBlock visible_part(const Attention& p, const Panel<A>& panel, int
   return {begin, panel.any.begin < first + n ? end - begin : 0, begin < panel.all.begin || end > panel.all.end};
 }
 
-// Turns the products q.k in s[j][lane] into what the exponent is made of: 2^(factor * s) is e^score. Keys that a row
-// does not see get -infinity. Returns factor. bias: scratch [kKeyBlock][W]. derivative [kKeyBlock][W], if given, gets
-// that of the softcap.
-//   s = scale * s;  s = softcap * tanh(s / softcap);  s += mask;  s -= slope * |centre - j|
-template <class T, class A>
-inline A finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A* s, int64_t pitch,
-                       A* bias, A* derivative) {
+// Turns the products scale * q.k in s[j][lane] into scores. Keys that a row does not see get -infinity. bias: scratch
+// [kKeyBlock][W]. derivative [kKeyBlock][W], if given, gets that of the softcap.
+//   s = softcap * tanh(s / softcap);  s += mask;  s -= slope * |centre - j|
+template <class A>
+inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A* s, int64_t pitch,
+                          A* bias, A* derivative) {
   using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
-  const A hidden = -A(__builtin_inf()), scale = A(p.scale * kLog2e);
-  const bool has_mask = p.mask.type != AttentionMask::Type::none;
-  const bool rescale = p.softcap > 0 || has_mask || p.slopes || !(p.scale > 0);
+  const A hidden = -A(__builtin_inf());
   auto each = [&](auto change) HT_LAMBDA {
     for (int64_t j = 0; j < block.n; ++j)
       for (int v = 0; v < panel.vectors; ++v) store(s + j * pitch + v * L, change(load(s + j * pitch + v * L), j, v));
   };
   if (p.softcap > 0) {
-    const A inner = A(p.scale / p.softcap), outer = A(p.softcap * kLog2e);
+    const A cap = A(p.softcap), inverse = A(1 / p.softcap);
     each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
-      vec<A> t = tanh(x * inner);
+      vec<A> t = tanh(x * inverse);
       if (derivative) store(derivative + j * W + v * L, A(1) - t * t);
-      return outer * t;
+      return cap * t;
     });
   }
-  const A by = p.softcap > 0 ? A(1) : scale;
-  if (has_mask) {
-    load_mask_of_any_type<T>(p.mask, panel, b, block.first, block.n, bias);
+  if (p.mask.data) {
+    load_mask_of_any_type(p.mask, panel, b, block.first, block.n, bias);
     each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
       vec<A> m = load(bias + j * W + v * L);
-      return m == hidden ? m : x * by + m;  // NaN of a hidden key goes no further
+      return m == hidden ? m : x + m;  // NaN of a hidden key goes no further
     });
-  } else if (rescale && p.softcap <= 0) {
-    each([&](vec<A> x, int64_t, int) HT_LAMBDA { return x * by; });
   }
   if (p.slopes) {
     each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
@@ -271,7 +285,18 @@ inline A finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, Pan
       return (panel.begin[v] <= key) & (key < panel.end[v]) ? x : broadcast(hidden);
     });
   }
-  return rescale ? A(1) : scale;
+}
+
+// S[j][lane] = K[j] . Q^T over the width, in stretches whose sums are rounded on their own.
+template <class A>
+HT_INLINE void multiply_width(int64_t n, int vectors, Broadcast<A> rows, const A* transposed, int64_t width, A* s,
+                              int64_t pitch) {
+  constexpr int64_t kStretch = 128;
+  multiply<A, false>(n, vectors, rows, transposed, kPanel<A>, least(width, kStretch), s, pitch);
+  for (int64_t c = kStretch; c < width; c += kStretch) {
+    rows.data += kStretch;
+    multiply<A, true>(n, vectors, rows, transposed + c * kPanel<A>, kPanel<A>, least(width - c, kStretch), s, pitch);
+  }
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

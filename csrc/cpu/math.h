@@ -4,42 +4,58 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-inline constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+inline constexpr double kLog2e = 1.4426950408889634;
 
-// 2^x for x up to about 100; exactly 0 below 2^-126 (double 2^-1022) and for -infinity; NaN for NaN.
-//   2^x = 2^n * 2^f,  n = round(x),  f = x - n in [-1/2, 1/2]
-// Adding 1.5 * 2^23 rounds x to an integer and leaves n in the low bits. 2^f: polynomials through the Chebyshev nodes,
-// relative error 1.0e-7 in float (degree 5), 4e-18 in double (degree 11).
-HT_INLINE f32 exp2(f32 x) {
-  f32 shifted = x + 12582912.0f;
-  f32 f = x - (shifted - 12582912.0f);
-  f32 p = 1.3390863e-3f * f + 9.6760319e-3f;
-  p = p * f + 5.5503571e-2f;
-  p = p * f + 2.4022107e-1f;
-  p = p * f + 6.9314719e-1f;
+// e^x for x up to about 80; exactly 0 below -87.3 (double -708.3) and for -infinity; NaN for NaN.
+//   e^x = 2^n * e^f,  n = round(x / ln 2),  f = x - n ln 2 in [-0.35, 0.35]
+// Adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits. ln 2 is taken off in two parts, the first with
+// so few bits that its product is exact. e^f: polynomials through the Chebyshev nodes, relative error 2.5e-9 in float
+// (degree 6), 4e-18 in double (degree 11).
+HT_INLINE f32 exponential(f32 x) {
+  f32 shifted = x * float(kLog2e) + 12582912.0f, n = shifted - 12582912.0f;
+  f32 f = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32 p = 1.3941108e-3f * f + 8.3751264e-3f;
+  p = p * f + 4.1666353e-2f;
+  p = p * f + 1.6666416e-1f;
+  p = p * f + 0.5f;
+  p = p * f + 1.0f;
   p = p * f + 1.0f;
   f32 power = (f32)(((u32)shifted << 23) + 0x3f800000u);
-  return (f32)((i32)(p * power) & ~(x < -126.0f));
+  return (f32)((i32)(p * power) & ~(x < -87.3f));
 }
 
-HT_INLINE f64 exp2(f64 x) {
-  f64 shifted = x + 6755399441055744.0;
-  f64 f = x - (shifted - 6755399441055744.0);
-  constexpr double c[] = {4.4558179083360645e-10, 7.074194297288521e-9,  1.0178057087733941e-7, 1.3215432535912376e-6,
-                          1.5252733841556773e-5,  1.5403530463523724e-4, 1.3333558146406471e-3, 9.6181291075872567e-3,
-                          5.5504108664821627e-2,  2.402265069591016e-1,  6.9314718055994531e-1, 1.0};
+HT_INLINE f64 exponential(f64 x) {
+  f64 shifted = x * kLog2e + 6755399441055744.0, n = shifted - 6755399441055744.0;
+  f64 f = (x - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+  constexpr double c[] = {2.51100376059637777e-8,
+                          2.76326396390410297e-7,
+                          2.75572409185789698e-6,
+                          2.48014854823284924e-5,
+                          1.98412698900471137e-4,
+                          1.38888889523147747e-3,
+                          8.33333333331960061e-3,
+                          4.16666666664880955e-2,
+                          1.66666666666666808e-1,
+                          5.00000000000001839e-1,
+                          1.0,
+                          1.0};
   f64 p = f64{} + c[0];
   for (int i = 1; i < 12; ++i) p = p * f + c[i];
   f64 power = (f64)(((u64)shifted << 52) + 0x3ff0000000000000u);
-  return (f64)((i64)(p * power) & ~(x < -1022.0));
+  return (f64)((i64)(p * power) & ~(x < -708.3));
 }
+
+HT_INLINE float exponential(float x) { return __builtin_expf(x); }
+HT_INLINE double exponential(double x) { return __builtin_exp(x); }
+HT_INLINE float logarithm(float x) { return __builtin_logf(x); }
+HT_INLINE double logarithm(double x) { return __builtin_log(x); }
 
 HT_INLINE f32 absolute(f32 x) { return (f32)((u32)x & 0x7fffffffu); }
 HT_INLINE f64 absolute(f64 x) { return (f64)((u64)x & 0x7fffffffffffffffu); }
 
-// tanh(x) = sign(x) * (1 - e) / (1 + e),  e = 2^(-2 |x| log2(e));  near 0, where 1 - e cancels, x + x^3 P(x^2).
+// tanh(x) = sign(x) * (1 - e) / (1 + e),  e = e^(-2 |x|);  near 0, where 1 - e cancels, x + x^3 P(x^2).
 HT_INLINE f32 tanh(f32 x) {
-  f32 a = absolute(x), e = exp2(a * float(-2 * kLog2e)), far = (1.0f - e) / (1.0f + e);
+  f32 a = absolute(x), e = exponential(-2.0f * a), far = (1.0f - e) / (1.0f + e);
   far = (f32)((u32)far | ((u32)x & 0x80000000u));
   f32 z = x * x;
   f32 p = -5.70498872745e-3f * z + 2.06390887954e-2f;
@@ -54,11 +70,6 @@ HT_INLINE f64 tanh(f64 x) {
   for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_tanh(x[i]);
   return y;
 }
-
-HT_INLINE float logarithm(float x) { return __builtin_logf(x); }
-HT_INLINE double logarithm(double x) { return __builtin_log(x); }
-HT_INLINE float power_of_2(float x) { return __builtin_exp2f(x); }
-HT_INLINE double power_of_2(double x) { return __builtin_exp2(x); }
 
 // The larger; b where a is NaN.
 template <class V>

@@ -73,6 +73,8 @@ struct VectorOf<double> {
 template <class A>
 using vec = typename VectorOf<A>::type;
 template <class A>
+inline constexpr DType kDType = sizeof(A) == 8 ? DType::f64 : DType::f32;
+template <class A>
 using ints = typename VectorOf<A>::integers;  // as wide, lane by lane: positions, and what comparisons give
 template <class A>
 inline constexpr int kLanes = kVectorBytes / int(sizeof(A));
@@ -214,6 +216,24 @@ HT_INLINE f64 load_bias(const boolean* p, double) {
 template <class T, class A>
 HT_INLINE vec<A> load_bias(const T* p, A) {
   return load(p);
+}
+
+// First `n` elements as a vector, zeros after.
+template <class T>
+HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
+  using A = Accumulate<T>;
+  if (n >= kLanes<A>) return load(p);
+  T a[kLanes<A>] = {};
+  __builtin_memcpy(a, p, n * sizeof(T));
+  return load(a);
+}
+
+template <class T, class V>
+HT_INLINE void store_first(T* p, V v, int64_t n) {
+  if (n >= kLanes<Accumulate<T>>) return store(p, v);
+  T a[kLanes<Accumulate<T>>];
+  store(a, v);
+  __builtin_memcpy(p, a, n * sizeof(T));
 }
 
 // What store() leaves in memory, as the accumulate type again.
