@@ -47,13 +47,13 @@ AttentionTensor operand(const Tensor& given, OptionalTensor& holder) {
 }
 
 template <class Int>
-std::vector<Int> integers(const char* op, const char* name, const Tensor& given, int64_t count) {
+std::vector<Int> integers(const char* op, const char* name, const Tensor& given, int64_t count, int64_t dims = 1) {
   check_device(op, name, given);
   const ScalarType dtype = given.scalar_type();
   HT_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, op, name, " is ", to_string(dtype),
            ", expected int32 or int64; convert it with .to(torch.int32)");
-  HT_CHECK(given.numel() == count, op, name, " has shape ", to_string(given.sizes()), ", expected ", count,
-           " elements; pass one for each batch entry (starts: and one more)");
+  HT_CHECK(given.numel() == count && given.dim() == dims, op, name, " has shape ", to_string(given.sizes()),
+           ", expected ", count, " elements; pass one for each batch entry (starts: and one more)");
   const Tensor t = contiguous(given);
   std::vector<Int> values(count);
   if (dtype == ScalarType::Int)
@@ -126,6 +126,10 @@ void fill_queries(const char* op, Attention& p, Holders& h, const Tensor& query,
 
 void fill_keys(const char* op, Attention& p, Holders& h, const Tensor& query, const Tensor& key, const Tensor& value,
                const OptionalTensor& key_starts, const OptionalTensor& key_lengths, const OptionalTensor& block_table) {
+  HT_CHECK(bool(p.query_starts) == bool(key_starts) || block_table, op, "query is ",
+           p.query_starts ? "packed" : "not packed", " and key is ", key_starts ? "packed" : "not packed",
+           "; pass both query_starts and key_starts, or neither");
+  HT_CHECK(!(key_starts && block_table), op, "both key_starts and block_table are given; keys are packed or paged");
   for (auto [name, t] : {std::pair{"key", &key}, std::pair{"value", &value}}) {
     check_device(op, name, *t);
     HT_CHECK(t->scalar_type() == query.scalar_type(), op, name, " is ", to_string(t->scalar_type()), ", query is ",
@@ -133,14 +137,12 @@ void fill_keys(const char* op, Attention& p, Holders& h, const Tensor& query, co
     check_dims(op, name, *t, key_starts ? 3 : 4,
                key_starts ? "[rows, heads, width] beside key_starts" : "[batch, heads, rows, width]");
   }
-  HT_CHECK(bool(p.query_starts) == bool(key_starts) || block_table, op, "query is ",
-           p.query_starts ? "packed" : "not packed", " and key is ", key_starts ? "" : "not ",
-           "; pass both query_starts and key_starts, or neither");
-  HT_CHECK(!(key_starts && block_table), op, "both key_starts and block_table are given; keys are packed or paged");
   const Shape k = key.sizes(), v = value.sizes();
   const int64_t n = key.dim(), rows_dim = key_starts ? 0 : 2;
   p.kv_heads = k[1], p.value_width = v[n - 1];
   HT_CHECK(k[n - 1] == p.width, op, "key has width ", k[n - 1], ", query has ", p.width, "; they must be equal");
+  HT_CHECK(key_starts || block_table || k[0] == p.batch, op, "key has batch size ", k[0], ", query has ", p.batch,
+           "; expand one of them");
   HT_CHECK(std::equal(k.data(), k.data() + n - 1, v.data()), op, "value has shape ", to_string(v), ", key has ",
            to_string(k), "; all but the last dim must be equal");
   HT_CHECK(p.value_width >= 1 && p.value_width <= kMostWidth, op, "value has width ", p.value_width,
@@ -157,11 +159,9 @@ void fill_keys(const char* op, Attention& p, Holders& h, const Tensor& query, co
     HT_CHECK(t.size() == 2 && t[0] == p.batch, op, "block_table has shape ", to_string(t), ", expected [", p.batch,
              ", pages]; pass a row of page numbers for each batch entry");
     HT_CHECK(bool(key_lengths), op, "block_table is given but key_lengths is None; pass the keys in use");
-    HT_CHECK(k[2] >= 1, op, "pages have ", k[2], " slots, the least is 1");
-    h.pages = integers<int32_t>(op, "block_table", *block_table, t[0] * t[1]);
+    HT_CHECK(k[2] >= 1, op, "pages have ", k[2], " slots, the least is 1; pass pages with room for a key");
+    h.pages = integers<int32_t>(op, "block_table", *block_table, t[0] * t[1], 2);
     p.pages = h.pages.data(), p.max_pages = t[1], p.page_size = k[2], p.key_rows = t[1] * k[2];
-  } else {
-    HT_CHECK(k[0] == p.batch, op, "key has batch size ", k[0], ", query has ", p.batch, "; expand one of them");
   }
   HT_CHECK(p.key_rows < std::numeric_limits<int32_t>::max() && p.query_rows < std::numeric_limits<int32_t>::max(), op,
            "a sequence is ", std::max(p.key_rows, p.query_rows), " rows long, the limit is 2^31 - 2; split it");
@@ -189,7 +189,8 @@ void fill_mask(const char* op, Attention& p, const Tensor& query, const Tensor& 
   HT_CHECK(p.mask.boolean || dtype == own || wider, op, "mask is ", to_string(dtype), ", allowed are bool, ",
            to_string(own), own == ScalarType::Double ? "" : " and float32", "; convert it with .to()");
   if (!p.mask.boolean) p.mask.dtype = dtype_of(op, "mask", mask);
-  HT_CHECK(mask.dim() <= 4, op, "mask has ", mask.dim(), " dims, the limit is 4: [batch, heads, queries, keys]");
+  HT_CHECK(mask.dim() <= 4, op, "mask has ", mask.dim(),
+           " dims, the limit is 4: [batch, heads, queries, keys]; reshape it");
   int64_t sizes[4] = {1, 1, 1, 1}, strides[4] = {};
   for (int64_t d = 0, n = mask.dim(); d < n; ++d) {
     sizes[4 - n + d] = mask.sizes()[d];
@@ -220,8 +221,10 @@ void fill_options(const char* op, Attention& p, Holders& h, const Tensor& query,
     h.slopes = floats(op, "alibi_slopes", *alibi_slopes, query.scalar_type());
     const int64_t n = int64_t(h.slopes.size());
     const bool shared = alibi_slopes->dim() == 1 && n == p.heads;
-    HT_CHECK(shared || (alibi_slopes->dim() == 2 && n == p.batch * p.heads), op, "alibi_slopes has shape ",
-             to_string(alibi_slopes->sizes()), ", expected [", p.heads, "] or [", p.batch, ", ", p.heads, "]");
+    HT_CHECK(shared || (alibi_slopes->dim() == 2 && alibi_slopes->sizes()[0] == p.batch &&
+                        alibi_slopes->sizes()[1] == p.heads),
+             op, "alibi_slopes has shape ", to_string(alibi_slopes->sizes()), ", expected [", p.heads, "] or [",
+             p.batch, ", ", p.heads, "]; pass one for each head of query");
     if (shared) {
       h.slopes.resize(p.batch * p.heads);
       for (int64_t i = p.heads; i < p.batch * p.heads; ++i) h.slopes[i] = h.slopes[i - p.heads];
@@ -231,10 +234,10 @@ void fill_options(const char* op, Attention& p, Holders& h, const Tensor& query,
   if (sinks) {
     h.sinks = floats(op, "sinks", *sinks, query.scalar_type());
     HT_CHECK(sinks->dim() == 1 && int64_t(h.sinks.size()) == p.heads, op, "sinks has shape ", to_string(sinks->sizes()),
-             ", expected [", p.heads, "], one for each head of query");
+             ", expected [", p.heads, "]; pass one for each head of query");
     p.sinks = h.sinks.data();
   }
-  HT_CHECK(options.softcap >= 0, op, "softcap is ", options.softcap, ", the limit is softcap >= 0 (0: none)");
+  HT_CHECK(options.softcap >= 0, op, "softcap is ", options.softcap, ", the limit is softcap >= 0; pass 0 for none");
   p.scale = options.scale, p.softcap = options.softcap, p.bottom_right = options.bottom_right;
   p.window_left = std::max<int64_t>(options.window_left, -1);
   p.window_right = std::max<int64_t>(options.window_right, -1);

@@ -27,8 +27,9 @@ struct ForwardCut {
   explicit ForwardCut(const Attention& p) {
     tiles = (p.heads / p.kv_heads * p.query_rows + kAttentionTile - 1) / kAttentionTile;
     const int64_t pieces = most(1, p.batch * p.kv_heads * tiles);
-    chunks = most(1, least((kPieces + pieces - 1) / pieces, p.key_rows / kLeastChunk));
-    chunk_keys = (p.key_rows + chunks * kKeyBlock - 1) / (chunks * kKeyBlock) * kKeyBlock;
+    const int64_t wanted = most(1, least((kPieces + pieces - 1) / pieces, p.key_rows / kLeastChunk));
+    chunk_keys = most(1, (p.key_rows + wanted * kKeyBlock - 1) / (wanted * kKeyBlock)) * kKeyBlock;
+    chunks = most(1, (p.key_rows + chunk_keys - 1) / chunk_keys);
   }
 };
 
@@ -90,7 +91,7 @@ class ForwardPiece {
     keys_ = {chunk.end, chunk.begin};
     for (panels_ = 0; panels_ < kPanels && first_row + panels_ * W < total; ++panels_) {
       panel_[panels_] = make_panel<A>(p, e_, b, kv_head, first_row + panels_ * W, total);
-      few_ = panels_ == 0 && total - first_row <= L / 2 && (p.value_width % L == 0 || is_narrow(p.dtype) || p.pages);
+      few_ = panels_ == 0 && has_few_rows(p, total - first_row);
       start(panel_[panels_], run_[panels_], chunk.begin == 0);
       const KeyRange any = panel_[panels_].any;
       keys_ = {least(keys_.begin, most(any.begin, chunk.begin)), most(keys_.end, least(any.end, chunk.end))};
@@ -157,6 +158,12 @@ class ForwardPiece {
            Arena::bytes_of<A>(kKeyBlock * padded<A>(p.width)) +
            Arena::bytes_of<A>(kKeyBlock * padded<A>(p.value_width)) +
            Arena::bytes_of<A>(W * padded<A>(most(p.width, p.value_width))) + 64 * 2 * kPanels;
+  }
+
+  // Of a long row of keys: over a short one the lanes are soon through.
+  static bool has_few_rows(const Attention& p, int64_t rows) {
+    const bool whole_vectors = p.value_width % L == 0 || is_narrow(p.dtype) || p.pages;
+    return rows <= L / 2 && p.key_rows >= 2 * kKeyBlock && whole_vectors;
   }
 
   static Broadcast<A> at(Broadcast<A> rows, int64_t row) { return {rows.data + row * rows.row, rows.row, rows.step}; }

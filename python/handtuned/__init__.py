@@ -16,7 +16,7 @@ from .explain import Explanation, explain
 from .info import Info, info
 from .replace import Report, replace
 
-from . import nn, ops, reference, testing  # isort: skip  (ops registers the fake kernels)
+from . import flash_attn, nn, ops, reference, testing  # isort: skip  (ops registers the fake kernels)
 
 __all__ = [
     "OP_NAMESPACE",
@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "backend",
     "explain",
+    "flash_attn",
     "info",
     "nn",
     "ops",

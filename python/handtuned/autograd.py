@@ -22,8 +22,8 @@ def kernels_for(op: str, input: Tensor) -> Any:
     """The namespace that serves a call: torch's dispatcher, unless a switch or a transform says otherwise."""
     if _transforms_active() or forward_ad._current_level >= 0:
         backends.fell_back(op, "a torch.func transform or forward-mode AD is active, which kernels cannot enter")
-        return backends.formula(input)
-    return ops if backends.plain else backends.kernels(input)
+        return backends.formula(op, input)
+    return ops if backends.plain else backends.kernels(op, input)
 
 
 def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:

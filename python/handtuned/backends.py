@@ -120,6 +120,13 @@ def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
+def why_no_triton_kernel(op: str) -> str | None:
+    """None if an op has a Triton kernel, on whatever device."""
+    from . import ops
+
+    return None if op in ops.NORM_OPS else "no Triton kernel for this op"
+
+
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
     return None if dtype in DTYPES else f"{dtype} is not one of float32, float64, bfloat16, float16"
 
@@ -134,7 +141,10 @@ def _why_not_cuda(device: torch.device) -> str | None:
     return "no CUDA C++ kernel for this op" if build_facts["cuda"].startswith("built") else build_facts["cuda"]
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    lacking = why_no_triton_kernel(op)
+    if lacking:
+        return lacking
     if device.type in ("cuda", "xpu"):
         return triton_status() or _why_not_dtype(dtype)
     if device.type == "cpu" and _state.backend == "triton" and triton_interprets():
@@ -142,19 +152,19 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"input is on {device.type}"
 
 
-def candidates(device: torch.device, dtype: torch.dtype) -> list[Candidate]:
+def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
     """The policy table: every backend in order of preference, with the reason of each that cannot serve the call."""
     return [
         Candidate("cpu", _C.isa(), _why_not_cpu(device, dtype)),
         Candidate("cuda", "none", _why_not_cuda(device)),
-        Candidate("triton", "interpreter" if device.type == "cpu" else "triton", _why_not_triton(device, dtype)),
+        Candidate("triton", "interpreter" if device.type == "cpu" else "triton", _why_not_triton(op, device, dtype)),
         Candidate("reference", "torch"),
     ]
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[Candidate, list[Candidate]]:
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Candidate, list[Candidate]]:
     """(the one that serves, all of them) under the backend that is set."""
-    table = candidates(device, dtype)
+    table = candidates(op, device, dtype)
     if _state.backend == "auto":
         return next(candidate for candidate in table if candidate.refused is None), table
     candidate = next(candidate for candidate in table if candidate.backend == _state.backend)
@@ -190,7 +200,7 @@ def _namespace(candidate: Candidate) -> Any:
 
 def serve_device(op: str, args: tuple[Any, ...]) -> Any:
     """The dispatcher's kernel for every device but the CPU; arguments are checked."""
-    chosen, table = choose(args[0].device, args[0].dtype)
+    chosen, table = choose(op, args[0].device, args[0].dtype)
     if chosen.backend == "reference" and _state.backend == "auto":
         fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
     return getattr(_namespace(chosen), op)(*args)
@@ -211,30 +221,22 @@ class Direct:
         from . import ops
 
         def call(*args: Any) -> Any:
+            arguments = ops.arguments(op, args)
             if _state.record is not None:
-                _state.record.append(Call(op, self.chosen, self.table, _copies(args)))
-            ops.check(op, args)
+                _state.record.append(Call(op, self.chosen, self.table, arguments.copies()))
             return getattr(self.kernels, op)(*args)
 
         return call
 
 
-def _copies(args: tuple[Any, ...]) -> list[str]:
-    """Which inputs are copied because their rows are not contiguous."""
-    ndim = next(arg for arg in args if type(arg) is int)
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.shape == args[0].shape and arg.numel()]
-    scattered = [not t[(0,) * (t.dim() - ndim)].is_contiguous() for t in tensors]
-    return [f"tensor {i} is copied once: its rows are not contiguous" for i, copied in enumerate(scattered) if copied]
-
-
-def kernels(input: torch.Tensor) -> Direct:
-    """The namespace that serves a call on this input, when not `plain`."""
-    chosen, table = choose(input.device, input.dtype)
+def kernels(op: str, input: torch.Tensor) -> Direct:
+    """The namespace that serves an op (and its backward) on this input, when not `plain`."""
+    chosen, table = choose(op, input.device, input.dtype)
     auto = _state.backend == "auto" and chosen.backend != "reference"
     return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)
 
 
-def formula(input: torch.Tensor) -> Direct:
+def formula(op: str, input: torch.Tensor) -> Direct:
     """The reference as a namespace."""
     chosen = Candidate("reference", "torch")
-    return Direct(_namespace(chosen), chosen, candidates(input.device, input.dtype))
+    return Direct(_namespace(chosen), chosen, candidates(op, input.device, input.dtype))

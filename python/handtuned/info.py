@@ -112,12 +112,14 @@ def cuda_devices() -> list[str]:
 
 def _kernel_rows(triton: str | None) -> list[KernelRow]:
     cuda_built = build_facts["cuda"].startswith("built")
-    no_cuda_kernel = "the CUDA library has no kernel for this op; Triton serves CUDA tensors"
     rows = []
-    for op in ops.NORM_OPS:
+    for op in ops.OPS:
+        lacking = backends.why_no_triton_kernel(op)
+        instead = f"the CUDA library has no kernel for this op; {'the reference' if lacking else 'Triton'} serves it"
+        why = lacking or triton or "compiled at first use, per device"
         rows.append(KernelRow(op, "cpu", True, True, f"compiled in for {', '.join(_built_isas())}"))
-        rows.append(KernelRow(op, "cuda", False, False, no_cuda_kernel if cuda_built else build_facts["cuda"]))
-        rows.append(KernelRow(op, "triton", True, triton is None, triton or "compiled at first use, per device"))
+        rows.append(KernelRow(op, "cuda", False, False, instead if cuda_built else build_facts["cuda"]))
+        rows.append(KernelRow(op, "triton", lacking is None, lacking is None and triton is None, why))
         rows.append(KernelRow(op, "reference", True, True, "plain torch"))
     return rows
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from . import _C, ops
+
+Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
@@ -27,17 +29,23 @@ def available_isas() -> list[str]:
     return [row["name"] for row in _C.isa_table() if row["built"] and row["supported"]]
 
 
-def op_samples(device: str = "cpu") -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def op_samples(device: str = "cpu") -> Iterator[Sample]:
     """(op, args, kwargs) for every op, over dtypes, optional arguments and odd shapes; for opcheck and fuzzing."""
     yield from _norm_samples(device)
+    yield from _attention_samples(device)
 
 
-def _norm_samples(device: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+def _drawer(device: str) -> Callable[..., torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
+    return draw
+
+
+def _norm_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
     seed = torch.tensor([1234567890123], device=device)
     cases = [
         ((3, 5), 1, torch.float32, torch.float32, True),
@@ -69,3 +77,68 @@ def _norm_samples(device: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str,
             yield ops.add_rms_norm, (x, r, ndim, w, 1e-6, p, key), {}
             _, h, rstd = ops.add_rms_norm(x, r, ndim, w, 1e-6, p, key)
             yield ops.add_rms_norm_backward, (dy, None, h, ndim, rstd, w, p, key, True, False, affine), {}
+
+
+def _attention_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+
+    def ints(*values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.tensor(values, device=device, dtype=dtype)
+
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    seed = ints(1234567890123, dtype=torch.int64)
+    starts, key_starts = ints(0, 2, 2, 5), ints(0, 3, 4, 4, dtype=torch.int64)
+    # query, key, value; what differs from plain attention
+    dense: list[tuple[Any, ...]] = [
+        ((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 7), f32, {"bottom_right": True, "window_right": 0}),
+        ((1, 2, 5, 8), (1, 2, 4, 8), (1, 2, 4, 8), f64, {"mask": draw(2, 1, 4, dtype=f64), "softcap": 3.0}),
+        ((2, 3, 1, 16), (2, 1, 9, 16), (2, 1, 9, 16), bf16, {"key_lengths": ints(9, 0), "sinks": draw(3, dtype=f32)}),
+        ((1, 2, 4, 1), (1, 2, 4, 1), (1, 2, 4, 3), f16, {"mask": draw(4, 4, dtype=f16) > 0, "window_left": 1}),
+        ((1, 2, 6, 4), (1, 1, 6, 4), (1, 1, 6, 4), f32, {"dropout_p": 0.3, "seed": seed}),
+        ((0, 2, 3, 4), (0, 2, 3, 4), (0, 2, 3, 4), f32, {}),
+        ((2, 2, 3, 4), (2, 2, 0, 4), (2, 2, 0, 4), f32, {"alibi_slopes": draw(2, dtype=f32).abs()}),
+    ]
+    packed = {"query_starts": starts, "key_starts": key_starts, "bottom_right": True}
+    dense += [
+        ((6, 2, 4), (5, 1, 4), (5, 1, 3), f32, packed | {"window_right": 0, "mask": draw(2, 1, 1, dtype=f32)}),
+        ((5, 2, 4), (4, 2, 4), (4, 2, 4), bf16, packed | {"dropout_p": 0.3, "seed": seed}),
+    ]
+    for *shapes, dtype, changes in dense:
+        query, key, value = (draw(*shape, dtype=dtype) for shape in shapes)
+        inside = len(shapes[0]) == 4 and dtype == f32  # heads inside the rows, as most models have them
+        if inside:
+            query, key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value))
+        yield from _attention_and_backward(query, key, value, draw, changes)
+    pages, table = draw(4, 2, 3, 8, dtype=f32), ints([2, 0], [3, -1])
+    paged = {"block_table": table, "key_lengths": ints(5, 2)}
+    yield ops.attention, (draw(2, 4, 1, 8, dtype=f32), pages, pages + 1, *_attention_options(paged)), {}
+
+
+def _attention_options(changes: dict[str, Any]) -> tuple[Any, ...]:
+    plain = {
+        "scale": 0.3,
+        "bottom_right": False,
+        "window_left": -1,
+        "window_right": -1,
+        "softcap": 0.0,
+        "dropout_p": 0.0,
+    }
+    names = [a.name for a in ops.attention._schema.arguments][3:]
+    return tuple(changes.get(name, plain.get(name)) for name in names)
+
+
+def _attention_and_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    draw: Callable[..., torch.Tensor],
+    changes: dict[str, Any],
+) -> Iterator[Sample]:
+    options = _attention_options(changes)
+    yield ops.attention, (query, key, value, *options), {}
+    output, lse = ops.attention(query, key, value, *options)
+    needs = (True, True, True, options[0] is not None and options[0].dtype != torch.bool, options[6] is not None)
+    given = (draw(*output.shape, dtype=output.dtype), draw(*lse.shape, dtype=lse.dtype), query, key, value, output, lse)
+    without_pages = (*options[:4], *options[5:])  # block_table is for inference alone
+    yield ops.attention_backward, (*given, *without_pages, *needs), {}
+    yield ops.attention_backward, (given[0], None, *given[2:], *without_pages, False, True, False, False, False), {}

@@ -1,6 +1,7 @@
 """Every op once more in plain PyTorch: the formula that the kernels are proved against, and that serves double
 backward and devices without a kernel. Differentiable, any dtype, any device, no speed claimed."""
 
+from .attention import attention, attention_backward
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -20,6 +21,8 @@ __all__ = [
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "attention",
+    "attention_backward",
     "dropout_factor",
     "layer_norm",
     "layer_norm_backward",

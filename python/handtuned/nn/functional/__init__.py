@@ -1,5 +1,18 @@
 """Twins of torch.nn.functional's functions, with its signatures."""
 
+from .attention import attention_varlen, scaled_dot_product_attention
+from .attention_tools import attention_weights, merge_attention
+from .kv_cache import attention_with_kv_cache
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["add_layer_norm", "add_rms_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention_varlen",
+    "attention_weights",
+    "attention_with_kv_cache",
+    "layer_norm",
+    "merge_attention",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]

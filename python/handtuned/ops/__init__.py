@@ -1,0 +1,53 @@
+"""The ops as torch knows them: torch.ops.handtuned.<name>, schemas in csrc/ops.cpp.
+
+A module a family: handles, checks in the words of the C++ skin, and fake kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
+from .common import Arguments
+from .norm import (
+    NORM_OPS,
+    NormArguments,
+    add_layer_norm,
+    add_layer_norm_backward,
+    add_rms_norm,
+    add_rms_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_inference,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_inference,
+)
+
+OPS = {**NORM_OPS, **ATTENTION_OPS}
+
+__all__ = [
+    "ATTENTION_OPS",
+    "NORM_OPS",
+    "OPS",
+    "add_layer_norm",
+    "add_layer_norm_backward",
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "arguments",
+    "attention",
+    "attention_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_inference",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_inference",
+]
+
+
+def arguments(op: str, args: tuple[Any, ...]) -> Arguments:
+    """An op's positional arguments by name, checked: RuntimeError if they are not what it takes."""
+    found = (NormArguments if op in NORM_OPS else AttentionArguments)(OPS[op], args)
+    found.check()
+    return found
