@@ -161,7 +161,7 @@ def prepare(op: Op, case: cases.Case, no_compile: str = "") -> tuple[Case, gate.
         no_compile=no_compile,
         random=op.dropout > 0,
     )
-    return made, gate.Truth(names, drawn)
+    return made, gate.Truth(names, drawn.torchs, drawn.truth)
 
 
 def not_compiled(room: Room, shape: tuple[int, ...]) -> str:

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # cas
 
 import handtuned
 
-from . import machine, report, timing
+from . import families, machine, report, timing
 from .room import Room
 
 ROOM = pytest.StashKey[Room]()
@@ -23,6 +23,7 @@ OTHER = pytest.StashKey[machine.OtherWork]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("handtuned benchmarks")
+    group.addoption("--family", choices=list(families.FAMILIES), default="norm", help="whose benchmarks these are")
     group.addoption("--quick", action="store_true", help="two shapes, few rounds, no torch.compile")
     group.addoption("--threads", type=int, default=None, help="torch's and onnxruntime's threads (torch's default)")
 
@@ -35,7 +36,7 @@ def room(request: pytest.FixtureRequest) -> Iterator[Room]:
         torch.set_num_threads(threads)
     request.config.stash[OTHER] = machine.OtherWork()
     machine.adapt_allocator()
-    made = Room(quick, timing.QUICK if quick else timing.FULL, machine.copy_bandwidth(quick))
+    made = Room(quick, timing.QUICK if quick else timing.FULL, machine.limits(quick))
     request.config.stash[ROOM] = made
     with handtuned.strict():
         yield made
@@ -45,7 +46,8 @@ def _run(config: pytest.Config) -> report.Run | None:
     found = config.stash.get(ROOM, None)
     if found is None:
         return None
-    return report.Run(machine.allocator(), machine.facts(found.copy_bandwidth, config.stash[OTHER].cores()), found.rows)
+    facts = machine.facts(found.limits, config.stash[OTHER].cores())
+    return report.Run(families.FAMILIES[config.getoption("--family")], machine.allocator(), facts, found.rows)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ PEER_FACTOR = 10  # a peer whose error is more than that many times torch's comp
 DRAW = 0
 
 
-def shape_name(shape: Sequence[int]) -> str:
+def shape_name(shape: Sequence[int | str]) -> str:
     return "x".join(map(str, shape))
 
 
@@ -49,16 +49,17 @@ def seed() -> None:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the results of one callable, in the order of `names`, must be."""
+    """What the results of one callable, in the order of `names`, must be: in float64, and torch's in the dtype."""
 
     names: tuple[str, ...]
-    drawn: Drawn
+    torchs: dict[str, Tensor]
+    truth: dict[str, numerics.Array]
 
     def red(self, results: Sequence[Tensor]) -> str | None:
         """What breaks the contract, or None."""
         found = []
         for name, result in zip(self.names, results, strict=True):
-            truth, torchs = self.drawn.truth[name], self.drawn.torchs[name]
+            truth, torchs = self.truth[name], self.torchs[name]
             if result.shape != torchs.shape or result.dtype != torchs.dtype:
                 found.append(
                     f"{name}: {result.dtype} {tuple(result.shape)}, torch's {torchs.dtype} {tuple(torchs.shape)}"
@@ -75,7 +76,7 @@ class Truth:
         """Which result of a peer is something else than the truth, or None."""
         for name, result in zip(self.names, results, strict=True):
             errors = numerics.Errors(torch.finfo(result.dtype).eps)
-            errors.add(result, self.drawn.torchs[name], self.drawn.truth[name])
+            errors.add(result, self.torchs[name], self.truth[name])
             theirs, torchs, scale = (square**0.5 for square in errors.squares)
             if not theirs <= PEER_FACTOR * torchs + errors.eps * scale:
                 return f"{name} differs: error {theirs / max(torchs, errors.eps * scale / 2):.3g} times torch's"

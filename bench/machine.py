@@ -9,9 +9,11 @@ such as its check in float64, does not matter. Each row says how many faults a c
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ TITLES = {
 }
 
 
+LIMITS = {"copy": "copy bandwidth", "read": "read bandwidth", "FMA": "FMA peak"}  # what a row's share is a share of
 OTHER_WORK = "cores busy with other work"
 QUIET = 0.1  # cores
 
@@ -55,7 +58,36 @@ def copy_bandwidth(quick: bool) -> float:
     return max(_C.copy_bandwidth(64 if quick else 256) for _ in range(1 if quick else 3)) * 1e9
 
 
-def facts(bandwidth: float, other_cores: float) -> dict[str, Any]:
+def read_bandwidth(quick: bool) -> float:
+    """Bytes per second of all threads, summing a buffer far larger than the caches."""
+    import torch
+
+    buffer = torch.ones((64 if quick else 512) * 2**18)
+    best = math.inf
+    for _ in range(3 if quick else 9):
+        start = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - start)
+    return buffer.numel() * buffer.itemsize / best
+
+
+def multiply_add_rate() -> float:
+    """float32 operations per second of all threads, each a multiply-add chain in registers."""
+    import torch
+
+    from handtuned import _C
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda _: _C.multiply_add_rate(), range(threads))) * 1e9
+
+
+def limits(quick: bool) -> dict[str, float]:
+    """The keys of LIMITS, in bytes or operations per second."""
+    return {"copy": copy_bandwidth(quick), "read": read_bandwidth(quick), "FMA": multiply_add_rate()}
+
+
+def facts(limits: dict[str, float], other_cores: float) -> dict[str, Any]:
     import torch
 
     import handtuned
@@ -66,7 +98,9 @@ def facts(bandwidth: float, other_cores: float) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "isa": info.isa,
-        "copy bandwidth GB/s": round(bandwidth / 1e9, 1),
+        "copy bandwidth GB/s": round(limits["copy"] / 1e9, 1),
+        "read bandwidth GB/s": round(limits["read"] / 1e9, 1),
+        "FMA peak GFLOP/s": round(limits["FMA"] / 1e9, 1),
         "handtuned": info.version,
         "compiler": info.compiler,
         "torch": torch.__version__,

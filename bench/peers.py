@@ -1,4 +1,4 @@
-"""What handtuned is compared with: torch eager, torch.compile, onnxruntime; all behind `Peer`.
+"""What handtuned is compared with: torch eager, torch.compile, onnxruntime, other kernels of torch; all behind `Peer`.
 
 A peer turns a `Case` into a callable without arguments, or says why it cannot (`Unavailable`). The callable returns the
 outputs, and behind them the gradients where the case has a backward, so that they can be checked before they are timed.
@@ -38,7 +38,7 @@ class Case:
 
     op: str
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
     eager: Function
     ours: Function
     inputs: Tensors
@@ -46,6 +46,8 @@ class Case:
     onnx: OnnxNode | None = None
     no_compile: str = ""  # why torch.compile is left out, if it is
     random: bool = False  # no two runs give the same result
+    math: Function | str = "has no such op"  # torch's unfused attention, or why not
+    flex: Function | str = "has no such op"  # flex_attention, not yet compiled, or why not
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -94,20 +96,48 @@ class Compiled:
     pool = "openmp"
 
     def prepare(self, case: Case) -> Callable[[], Tensors]:
-        if case.no_compile:
-            raise Unavailable(case.no_compile)
-        import torch._inductor.config
+        return _compiled(case, case.eager)
 
-        # Worker processes would sit on the cores that are being measured.
-        torch._inductor.config.compile_threads = 1
-        torch._dynamo.reset()
-        call = case.bind(torch.compile(case.eager, dynamic=False, fullgraph=True))
-        try:
-            with case.mode():
-                call()
-        except Exception as error:
-            raise Unavailable(f"torch.compile failed: {_first_line(error)}") from error
-        return call
+
+class Math:
+    """torch's unfused attention kernel, which it takes itself where its fused one lacks something."""
+
+    name = "torch math"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.math, str):
+            raise Unavailable(case.math)
+        return case.bind(case.math)
+
+
+class Flex:
+    """flex_attention under torch.compile: without it, it is not fused."""
+
+    name = "flex, compiled"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.flex, str):
+            raise Unavailable(case.flex)
+        return _compiled(case, case.flex)
+
+
+def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
+    if case.no_compile:
+        raise Unavailable(case.no_compile)
+    import torch._inductor.config
+
+    # Worker processes would sit on the cores that are being measured.
+    torch._inductor.config.compile_threads = 1
+    torch._dynamo.reset()
+    call = case.bind(torch.compile(function, dynamic=False, fullgraph=True))
+    try:
+        with case.mode():
+            call()
+    except Exception as error:
+        raise Unavailable(f"torch.compile failed: {_first_line(error)}") from error
+    return call
 
 
 class OnnxRuntime:
@@ -181,3 +211,4 @@ def _first_line(error: Exception) -> str:
 OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
+ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())

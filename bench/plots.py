@@ -1,4 +1,4 @@
-"""The page's plots as inline SVG: per op the ratio to torch eager, and the share of the copy bandwidth.
+"""The page's plots as inline SVG: per op the ratio to torch eager, and the share of the machine's limit.
 
 Text and axes take the page's colour (currentColor), so one SVG serves light and dark.
 """
@@ -16,7 +16,7 @@ INK = "#010203"  # stands for the page's colour until the SVG is written
 COLOURS = ("#4a86e8", "#e07b39")  # by allocator setting; both readable on white and on black
 LEGEND = (
     "Left of each pair: times faster than torch eager; the line on a bar is the 10–90 % spread, the thin line at 1 is "
-    "torch, a diamond is the target. Right: % of the machine's copy bandwidth, from torch (hollow) to handtuned "
+    "torch, a diamond is the target. Right: % of what the machine can do at most, from torch (hollow) to handtuned "
     "(filled). Blue: default allocator; orange: page faults removed for all sides."
 )
 
@@ -36,8 +36,8 @@ def _ratio_panel(axes: Any, place: float, height: float, row: report.Row, colour
         axes.plot(row["target"], place, "D", color=INK, markersize=3.5)
 
 
-def _copy_panel(axes: Any, place: float, height: float, row: report.Row, colour: str) -> None:
-    shares = [100 * row["peers"][name]["copy_share"] for name in (report.EAGER, report.OURS)]
+def _share_panel(axes: Any, place: float, height: float, row: report.Row, colour: str) -> None:
+    shares = [100 * row["peers"][name]["share"] for name in (report.EAGER, report.OURS)]
     axes.plot(shares, [place, place], color=colour, linewidth=1.5)
     axes.plot(shares[0], place, "o", markersize=5, markerfacecolor="none", markeredgecolor=colour)
     axes.plot(shares[1], place, "o", markersize=5, color=colour)
@@ -92,7 +92,8 @@ def _svg(figure: Any, prefix: str) -> str:
 
 def figures(runs: Sequence[report.Run]) -> Iterator[tuple[str, str]]:
     """(title, SVG) for every op that has figures."""
-    ops = dict.fromkeys(row["op"] for run in runs for row in run.rows if row["status"] == "ok")
-    for number, op in enumerate(ops):
+    ops = {row["op"]: row["limit"] for run in runs for row in run.rows if row["status"] == "ok"}
+    for number, (op, limit) in enumerate(ops.items()):
+        share = f"% of {machine.LIMITS[limit]}"
         yield f"{op}: times faster than torch eager", _figure(runs, op, _ratio_panel, 1, "ratio", f"r{number}")
-        yield f"{op}: % of copy bandwidth", _figure(runs, op, _copy_panel, 100, "% of copy bandwidth", f"c{number}")
+        yield f"{op}: {share}", _figure(runs, op, _share_panel, 100, share, f"c{number}")

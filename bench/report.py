@@ -15,31 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
+from .families import FAMILIES, NORM, Family
 
 Row = dict[str, Any]
 
-COLUMNS = (
-    "op",
-    "dtype",
-    "shape",
-    "torch µs",
-    "handtuned µs",
-    "vs eager",
-    "vs compile",
-    "vs onnxruntime",
-    "copy %: torch → ours",
-    "faults: torch → ours",
-    "target",
-    "",
-)
 NUMBERS = range(3, 11)  # columns that are aligned to the right
 EAGER, OURS = "torch eager", "handtuned"
 
 
 @dataclass(frozen=True)
 class Run:
-    """One process: an allocator setting, what it ran on, and its rows (room.Room.measure)."""
+    """One process: a family, an allocator setting, what it ran on, and its rows (room.Room.measure)."""
 
+    family: Family
     allocator: str
     machine: dict[str, Any]
     rows: list[Row]
@@ -51,20 +39,21 @@ class Run:
         return machine.TITLES.get(self.allocator, self.allocator)
 
 
-def json_path(directory: Path, allocator: str) -> Path:
-    return directory / f"norm-{allocator}.json"
+def json_path(directory: Path, family: Family, allocator: str) -> Path:
+    return directory / f"{family.name}-{allocator}.json"
 
 
-def load(directory: Path) -> list[Run]:
-    """The runs found in `directory`, the default allocator first."""
+def load(directory: Path, family: Family) -> list[Run]:
+    """The family's runs found in `directory`, the default allocator first."""
     runs = []
     for allocator in machine.ALLOCATORS:
-        path = json_path(directory, allocator)
+        path = json_path(directory, family, allocator)
         if path.exists() and path.stat().st_size:
             data = json.loads(path.read_text())
             commit = data.get("commit_info", {})
             runs.append(
                 Run(
+                    family,
                     data["allocator"],
                     data["machine_info"].get("handtuned", {}),
                     data["rows"],
@@ -87,9 +76,16 @@ def losing(row: Row) -> bool:
 def verdict(row: Row) -> str:
     """The row against its target: "", "ok" or "missed"."""
     eager = row["peers"].get(EAGER, {})
-    if row["target"] is None or "ratio" not in eager:
+    if (row["target"] is None and row["share_target"] is None) or "ratio" not in eager:
         return ""
-    return "ok" if eager["ratio"]["median"] >= row["target"] else "missed"
+    fast_enough = eager["ratio"]["median"] >= (row["target"] or 0)
+    return "ok" if fast_enough and row["peers"][OURS]["share"] >= (row["share_target"] or 0) else "missed"
+
+
+def _target(row: Row) -> str:
+    wanted = ((row["target"], "g"), (row["share_target"], ".0%"))
+    outcome = verdict(row)
+    return f"{', '.join(format(value, form) for value, form in wanted if value)} {outcome}" if outcome else ""
 
 
 def _microseconds(figures: Row) -> str:
@@ -115,13 +111,12 @@ def _torch_to_ours(row: Row, figure: str, scale: float) -> str:
     return " → ".join("–" if value is None else f"{value * scale:.0f}" for value in values)
 
 
-def cells(row: Row) -> list[str]:
-    """One table line in the order of COLUMNS; a red row has no figures."""
+def cells(row: Row, family: Family = NORM) -> list[str]:
+    """One table line in the order of family.columns; a red row has no figures."""
     shape = "x".join(map(str, row["shape"]))
     peers = row["peers"]
     if row["status"] != "ok":
         return [row["op"], row["dtype"], shape, *["–"] * 7, "", row["status"]]
-    outcome = verdict(row)
     return [
         row["op"],
         row["dtype"],
@@ -129,11 +124,10 @@ def cells(row: Row) -> list[str]:
         _microseconds(peers.get(EAGER, {})),
         _microseconds(peers.get(OURS, {})),
         _ratio(peers.get(EAGER, {}), True),
-        _ratio(peers.get("torch.compile", {}), False),
-        _ratio(peers.get("onnxruntime", {}), False),
-        _torch_to_ours(row, "copy_share", 100),
+        *(_ratio(peers.get(name, {}), False) for _, name in family.peers),
+        _torch_to_ours(row, "share", 100),
         _torch_to_ours(row, "faults_per_call", 1),
-        f"{row['target']:g} {outcome}" if outcome else "",
+        _target(row),
         "slower" if losing(row) else "",
     ]
 
@@ -187,11 +181,11 @@ def terminal(run: Run, colour: bool) -> str:
     from rich.table import Table
 
     table = Table(title=f"{run.title} — ratio: peer's time / handtuned's, median (10–90 %)")
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(run.family.columns):
         table.add_column(column, justify="right" if i in NUMBERS else "left", no_wrap=True)
     for row in run.rows:
         bad = row["status"] != "ok" or losing(row)
-        table.add_row(*cells(row), style="red" if bad else "yellow" if verdict(row) == "missed" else "")
+        table.add_row(*cells(row, run.family), style="red" if bad else "yellow" if verdict(row) == "missed" else "")
     console = Console(
         width=200, force_terminal=colour, no_color=not colour, color_system="standard" if colour else None
     )
@@ -204,28 +198,20 @@ def terminal(run: Run, colour: bool) -> str:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    lines = ["# Norm benchmarks", "", NOTES, ""]
+    """Of one family."""
+    family = runs[0].family
+    lines = [f"# {family.title}", "", family.notes, ""]
     for run in runs:
         lines += [
             f"## {run.title}",
             "",
             *(f"{text}.\n" for text in (summary(run), *disturbed(run))),
-            "| " + " | ".join(COLUMNS) + " |",
+            "| " + " | ".join(family.columns) + " |",
         ]
-        lines.append("|" + "|".join(" ---: " if i in NUMBERS else " --- " for i in range(len(COLUMNS))) + "|")
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in run.rows]
+        lines.append("|" + "|".join(" ---: " if i in NUMBERS else " --- " for i in range(len(family.columns))) + "|")
+        lines += ["| " + " | ".join(cells(row, family)) + " |" for row in run.rows]
         lines += ["", *[f"- {reason}" for reason in left_out(run)], "", f"Machine: {facts_line(run)}.", ""]
     return "\n".join(lines)
-
-
-NOTES = (
-    "A ratio is the peer's time over handtuned's: above 1 handtuned is faster. All peers run in one process in turns; "
-    "the figure is the median over rounds of the ratio within a round, in brackets the 10–90 % spread. Every result "
-    "was checked against float64 on the tensors that were timed. % of copy is the least traffic that the op needs, by "
-    "the time it took, against the copy bandwidth measured in the same run; small shapes stay in the caches and may "
-    "exceed 100. onnxruntime writes into buffers allocated once, so it never pays for fresh memory, which the others "
-    "do under the default allocator. Faults are page faults per call."
-)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -250,13 +236,16 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 
 def _html_table(run: Run) -> str:
-    align = ['class="n"' if i in NUMBERS else "" for i in range(len(COLUMNS))]
-    head = "".join(f"<th {a}>{html.escape(name)}</th>" for a, name in zip(align, COLUMNS, strict=True))
+    columns = run.family.columns
+    align = ['class="n"' if i in NUMBERS else "" for i in range(len(columns))]
+    head = "".join(f"<th {a}>{html.escape(name)}</th>" for a, name in zip(align, columns, strict=True))
     body = []
     for row in run.rows:
         bad = row["status"] != "ok" or losing(row)
         style = "bad" if bad else "miss" if verdict(row) == "missed" else ""
-        line = "".join(f"<td {a}>{html.escape(cell)}</td>" for a, cell in zip(align, cells(row), strict=True))
+        line = "".join(
+            f"<td {a}>{html.escape(cell)}</td>" for a, cell in zip(align, cells(row, run.family), strict=True)
+        )
         body.append(f'<tr class="{style}">{line}</tr>')
     rows = "\n".join(body)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
@@ -274,17 +263,18 @@ def _html_run(run: Run) -> str:
 
 
 def page(runs: Sequence[Run]) -> str:
-    """One HTML document without any external resource."""
+    """One family as an HTML document without any external resource."""
     from . import plots
 
+    family = runs[0].family
     figures = "".join(
         f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in plots.figures(runs)
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>handtuned: norm benchmarks</title><style>{STYLE}</style></head><body>"
-        f"<h1>Norm benchmarks</h1><p>{html.escape(NOTES)}</p>"
+        f"<title>handtuned: {html.escape(family.title)}</title><style>{STYLE}</style></head><body>"
+        f"<h1>{html.escape(family.title)}</h1><p>{html.escape(family.notes)}</p>"
         f'<h2>Plots</h2><p class="soft">{html.escape(plots.LEGEND)}</p><div class="plots">{figures}</div>'
         + "".join(map(_html_run, runs))
         + "</body></html>\n"
@@ -294,13 +284,15 @@ def page(runs: Sequence[Run]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     directory = Path(arguments[0] if arguments else "bench-results")
-    runs = load(directory)
-    if not runs:
+    found = {name: runs for name, family in FAMILIES.items() if (runs := load(directory, family))}
+    if not found:
         print(f"No results in {directory}: run python -m bench first", file=sys.stderr)
         return 1
-    (directory / "norm.html").write_text(page(runs))
-    (directory / "norm.md").write_text(markdown(runs))
-    print(f"Wrote {directory / 'norm.html'} and {directory / 'norm.md'}")
+    for name, runs in found.items():
+        html_path, markdown_path = directory / f"{name}.html", directory / f"{name}.md"
+        html_path.write_text(page(runs))
+        markdown_path.write_text(markdown(runs))
+        print(f"Wrote {html_path} and {markdown_path}")
     return 0
 
 

@@ -22,19 +22,24 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """ratio: wanted against torch eager, None if nothing is; traffic: bytes that one call must move at least."""
+    """ratio: wanted against torch eager; share: wanted of the limit. None where nothing is.
+
+    work: what one call must do at least, in the unit of `limit`, a key of machine.LIMITS: bytes or operations.
+    """
 
     ratio: float | None
-    traffic: int
+    work: float
+    limit: str = "copy"
+    share: float | None = None
 
 
 @dataclass
 class Room:
-    """State of one run. copy_bandwidth in bytes per second, measured in this process."""
+    """State of one run. limits: machine.limits, measured in this process."""
 
     quick: bool
     plan: timing.Plan
-    copy_bandwidth: float
+    limits: dict[str, float]
     peers: tuple[Peer, ...] = PEERS
     rows: list[Row] = field(default_factory=list)
 
@@ -45,6 +50,8 @@ class Room:
             "dtype": cases.SHORT[case.dtype],
             "shape": list(case.shape),
             "target": target.ratio,
+            "limit": target.limit,
+            "share_target": target.share,
             "status": "ok",
             "why": "",
             "peers": {},
@@ -106,7 +113,7 @@ class Room:
         return {
             "seconds": asdict(timing.spread(made.seconds)),
             "ratio": asdict(timing.ratio(made, ours)),
-            "copy_share": target.traffic / made.median / self.copy_bandwidth,
+            "share": target.work / made.median / self.limits[target.limit],
             "faults_per_call": made.faults_per_call,
             "calls": made.calls,
             "rounds": len(made.seconds),

@@ -82,11 +82,11 @@ def compare(
     module: Annotated[
         str | None, typer.Option(help="Only modules whose name contains this, and not the whole model.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Sentences in a batch.")] = 32,
-    seconds: Annotated[float, typer.Option(help="Time for timing, shared by all rows.")] = 22.0,
+    batch: Annotated[int, typer.Option(help="Sentences in a batch; attention also at 1 and 8.")] = 32,
+    seconds: Annotated[float, typer.Option(help="Time for timing, shared by all rows.")] = 30.0,
     rounds: Annotated[int | None, typer.Option(help="Exactly so many rounds per row, however long they take.")] = None,
 ) -> None:
-    """A pretrained model on real sentences: torch's modules against their twins, error and speed, in one table."""
+    """A pretrained model on real sentences: torch's modules and attention against handtuned's, error and speed."""
     import torch
 
     from .compare import DTYPES, ModelUnavailable, NoSuchModule, Settings
@@ -100,7 +100,7 @@ def compare(
         if value is not None and value < 1:
             _fail("compare", f"--{option} is {value}, the least is 1")
     if not 0 < seconds < float("inf"):
-        _fail("compare", f"--seconds is {seconds:g}, it must be positive and finite; the default is 22")
+        _fail("compare", f"--seconds is {seconds:g}, it must be positive and finite; the default is 30")
     _require_writable("--json", json_)
     _require_writable("--html", html)
     if json_ and html and json_.resolve() == html.resolve():

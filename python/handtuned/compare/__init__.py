@@ -3,9 +3,11 @@
     models.py   what is run; a new model is one function     sentences.py  what it is run on
     runner.py   one model's rows                             measure.py    errors, times, kernels
     result.py   what was found; the JSON schema              report.py, page.py   the table, the HTML page
+    attention.py   a transformers model's attention, caught and switched
 
 Modules need no entry of their own: the rows are whatever handtuned.replace() replaced, on the inputs they had in the
-model, grouped by name without layer numbers.
+model, grouped by name without layer numbers. The attention of a transformers model is served through
+handtuned.integrations.transformers; its rows stand at several batch sizes, with the padding that real sentences have.
 """
 
 from __future__ import annotations

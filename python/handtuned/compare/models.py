@@ -26,7 +26,7 @@ class Model:
 
     Attributes:
         name: what tables call it.
-        module: in eval mode, float32, with torch's own modules.
+        module: one of transformers', in eval mode, float32, with torch's own modules.
         inputs: inputs(batch) -> keyword arguments of module.forward, holding `batch` real items.
         result: result(module, inputs) -> one tensor (batch, features): what the user wants of the model.
         unit: what a batch counts, in the plural.
@@ -82,7 +82,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ModelUnavailable("transformers is not installed: run `pip install 'transformers>=4.48'`") from error
+        raise ModelUnavailable("transformers is not installed: run `pip install 'transformers>=4.53'`") from error
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -51,7 +51,7 @@ def notes(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         if row.cosine:
             found.append(
-                f"{row.model}: 1 − cosine between the embeddings of torch and handtuned is at most "
+                f"{name_text(row)}: 1 − cosine between the embeddings of torch and handtuned is at most "
                 f"{row.cosine.between_sides:.1e}; to float64, torch {row.cosine.torch:.1e}, "
                 f"handtuned {row.cosine.handtuned:.1e}."
             )

@@ -8,10 +8,13 @@ Its keys, and what they hold:
     settings      dtype, batch, module (null: all), seconds, rounds (null: as many as fit into seconds)
     rows          one per pass of a group of modules or of a whole model:
         model             the pretrained model's name
-        name              module name, with * for the numbers in which the modules of a group differ; "whole model"
+        name              module name, with * for the numbers in which the modules of a group differ; "attention,
+                          batch <n>": what handtuned.integrations.transformers serves; "whole model": with the replaced
+                          modules; "whole model, attention too, batch <n>"
         modules           the names of the modules measured; empty for a whole model
-        kind              the replaced class
-        shape             of the first input: (batch, tokens, width); of a whole model: (batch, tokens)
+        kind              the replaced class; of attention, the class that calls it
+        shape             of the first input: (batch, tokens, width); of attention: (batch, heads, tokens, width of a
+                          head); of a whole model: (batch, tokens)
         direction         "forward" or "forward+backward"
         error_torch, error_handtuned
                           max |result - float64 result| / max |float64 result|; the worst over modules and tensors. The
@@ -43,7 +46,7 @@ class Settings:
     dtype: str = "float32"
     batch: int = 32
     module: str | None = None
-    seconds: float = 22.0
+    seconds: float = 30.0
     rounds: int | None = None
 
 

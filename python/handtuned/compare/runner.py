@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..replace import replace
+from .attention import BATCHES, Attention
 from .measure import Side, Subject, catch_inputs, cosine_distance, interleave, kernels, relative_error
 from .models import Model
 from .result import Cosine, Left, Row, Settings, title
@@ -23,39 +26,59 @@ def part(progress: Progress, start: float, end: float) -> Progress:
     return lambda stage, done: progress(stage, start + (end - start) * min(done, 1.0))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A row to come. weight: its share of the time, against one row of a group of modules."""
+
+    stage: str
+    weight: int
+    measure: Callable[[Callable[[float], None], float], Row]  # (progress of this row, seconds for its timing)
+
+
 class Runner:
     """Measures one model; `seconds` is for all of its rows. model.module has torch's modules again afterwards."""
 
     def __init__(self, model: Model, settings: Settings, seconds: float, progress: Progress) -> None:
-        self.model, self.settings, self.progress = model, settings, progress
-        self.inputs = model.inputs(settings.batch)
+        self.model, self.settings, self.seconds, self.progress = model, settings, seconds, progress
+        self.inputs = {batch: model.inputs(batch) for batch in {*BATCHES, settings.batch}}
         self.module = model.module.to(DTYPES[settings.dtype])
         progress("catching the modules' inputs", 0.0)
         self.report = replace(self.module)
         self.report.undo()
+        self.attention = Attention(self.module)
         self.left = [Left(row.name, row.type, row.why) for row in self.report.left]
-        groups = self._groups()
+        groups = self._groups() | self._attention_groups()
         self.titles = [title(name, len(subjects)) for name, subjects in groups.items()]
         self.groups = {name: chosen for name, group in groups.items() if (chosen := self._chosen(name, group))}
-        # Two rows a group; the whole model gets as much time as all of them, because a round of it takes longest.
-        self.whole = settings.module is None
-        self.parts = 2 * len(self.groups) * (1 + self.whole)
-        self.parts_done = 0
-        self.seconds_per_part = seconds / max(1, self.parts)
 
     def rows(self) -> list[Row]:
-        found = []
-        for name, subjects in self.groups.items():
-            found += [self._module_row(name, subjects, backward) for backward in (False, True)]
-        if self.whole:
-            found.append(self._model_row())
+        steps = self._steps()
+        total, done, found = sum(step.weight for step in steps), 0, []
+        for step in steps:
+            within = part(self.progress, done / total, (done := done + step.weight) / total)
+            within(step.stage, 0.0)
+            found.append(step.measure(partial(within, step.stage), self.seconds * step.weight / total))
         return found
+
+    def _steps(self) -> list[Step]:
+        steps = []
+        for name, subjects in self.groups.items():
+            for backward, direction in ((False, "forward"), (True, "forward+backward")):
+                stage = f"{title(name, len(subjects))}, {direction}"
+                steps.append(Step(stage, 1, partial(self._module_row, name, subjects, backward)))
+        if self.settings.module is None:  # a round of the whole model takes long, so it gets more time
+            stage = f"whole model, {self.model.name}"
+            steps.append(Step(stage, 6, partial(self._model_row, "whole model", self.settings.batch, False)))
+            for batch in sorted(self.inputs):
+                name = f"whole model, attention too, batch {batch}"
+                steps.append(Step(name, 2 if batch == 1 else 4, partial(self._model_row, name, batch, True)))
+        return steps
 
     # ---- modules ----
 
     def _groups(self) -> dict[str, list[Subject]]:
         """Modules of one kind, on inputs of one shape, whose names differ in numbers only."""
-        caught = catch_inputs(self.report.replaced, self._result)
+        caught = catch_inputs(self.report.replaced, self._run(self.settings.batch))
         groups: dict[tuple[str, str, tuple[int, ...]], list[Subject]] = {}
         for row in self.report.replaced:
             if row.name not in caught:
@@ -71,23 +94,27 @@ class Runner:
             for (pattern, _, _), group in groups.items()
         }
 
+    def _attention_groups(self) -> dict[str, list[Subject]]:
+        """The attention of all layers, for each batch."""
+        return {f"attention, batch {b}": self.attention.catch(self._run(b)) for b in sorted(self.inputs)}
+
     def _chosen(self, name: str, group: list[Subject]) -> list[Subject]:
         wanted = self.settings.module
         return [subject for subject in group if wanted is None or wanted in subject.name or wanted in name]
 
-    def _module_row(self, name: str, subjects: list[Subject], backward: bool) -> Row:
-        direction = "forward+backward" if backward else "forward"
-        progress = self._begin(f"{title(name, len(subjects))}, {direction}", 1)
+    def _module_row(
+        self, name: str, subjects: list[Subject], backward: bool, progress: Callable[[float], None], seconds: float
+    ) -> Row:
         errors = [subject.errors(backward) for subject in subjects]
         theirs, ours = (Side(_pass(subjects, side, backward)) for side in ("theirs", "ours"))
-        timing = interleave(theirs, ours, self.seconds_per_part, self.settings.rounds, progress)
+        timing = interleave(theirs, ours, seconds, self.settings.rounds, progress)
         return Row(
             model=self.model.name,
             name=name,
             modules=[subject.name for subject in subjects],
             kind=subjects[0].kind,
             shape=subjects[0].shape,
-            direction=direction,
+            direction="forward+backward" if backward else "forward",
             error_torch=max(error for error, _ in errors),
             error_handtuned=max(error for _, error in errors),
             seconds_torch=timing.theirs / len(subjects),
@@ -97,38 +124,40 @@ class Runner:
             kernels=kernels(ours.run),
         )
 
-    def _begin(self, stage: str, parts: int) -> Callable[[float], None]:
-        """Announces a row that takes `parts` of self.parts; the row then reports its own 0..1."""
-        start = self.parts_done / self.parts
-        self.parts_done += parts
-        within = part(self.progress, start, self.parts_done / self.parts)
-        within(stage, 0.0)
-        return lambda done: within(stage, done)
-
     # ---- the whole model ----
 
-    def _result(self) -> Tensor:
-        with torch.no_grad():
-            return self.model.result(self.module, self.inputs)
+    def _run(self, batch: int) -> Callable[[], Tensor]:
+        return torch.no_grad()(lambda: self.model.result(self.module, self.inputs[batch]))
 
-    def _model_row(self) -> Row:
-        parts = self.parts - self.parts_done
-        progress = self._begin(f"whole model, {self.model.name}", parts)
-        with torch.no_grad():
-            exact = self.model.result(copy.deepcopy(self.module).double(), self.inputs)
-        theirs = self._result()
-        self.report.redo()
-        ours = self._result()
-        served = kernels(self._result)
-        sides = Side(self._result, self.report.undo), Side(self._result, self.report.redo)
-        timing = interleave(*sides, self.seconds_per_part * parts, self.settings.rounds, progress)
+    def _use_theirs(self) -> None:
         self.report.undo()
+        self.attention.use_theirs()
+
+    def _use_ours(self, attention: bool) -> None:
+        self.report.redo()
+        if attention:
+            self.attention.use_ours()
+
+    def _model_row(
+        self, name: str, batch: int, attention: bool, progress: Callable[[float], None], seconds: float
+    ) -> Row:
+        """attention: whether handtuned serves that too, besides the replaced modules."""
+        run, use_ours = self._run(batch), partial(self._use_ours, attention)
+        with torch.no_grad():
+            exact = self.model.result(copy.deepcopy(self.module).double(), self.inputs[batch])
+        theirs = run()
+        use_ours()
+        ours = run()
+        served = kernels(run)
+        sides = Side(run, self._use_theirs), Side(run, use_ours)
+        timing = interleave(*sides, seconds, self.settings.rounds, progress)
+        self._use_theirs()
         return Row(
             model=self.model.name,
-            name="whole model",
+            name=name,
             modules=[],
             kind=type(self.module).__name__,
-            shape=list(next(iter(self.inputs.values())).shape),
+            shape=list(next(iter(self.inputs[batch].values())).shape),
             direction="forward",
             error_torch=relative_error([theirs], [exact]),
             error_handtuned=relative_error([ours], [exact]),

@@ -1,0 +1,116 @@
+"""Hugging Face transformers' attention served by handtuned.
+
+    from handtuned.integrations.transformers import register
+
+    model = AutoModel.from_pretrained(folder, attn_implementation=register())
+    model.set_attn_implementation("sdpa")   # and back, at any time
+
+It serves every model whose attention goes through transformers' attention interface: with padding, causal, sliding
+window or custom masks, grouped heads, a key-value cache, soft-capped scores, sinks, position biases and dropout,
+forward and backward. Masks are those of the "sdpa" implementation, except that the padding of a bidirectional model
+keeps one row instead of a row for each query. A query that may attend to no key gives 0, where "eager" averages over
+all of them; transformers has such queries only at the places of the padding itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.functional import attention_weights, scaled_dot_product_attention
+
+NAME = "handtuned"
+OLDEST = "4.53"  # the first version with an interface for masks
+
+
+def register(name: str = NAME) -> str:
+    """Makes attn_implementation=`name` known to transformers; calling it again changes nothing.
+
+    Returns:
+        name, so that it can stand where a model wants its attn_implementation.
+
+    Raises:
+        RuntimeError: transformers is not installed, or older than 4.53.
+    """
+    try:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface
+    except ImportError as error:
+        raise RuntimeError(
+            f"handtuned.integrations.transformers: transformers >= {OLDEST} is needed: {error}; "
+            f"run `pip install 'transformers>={OLDEST}'`"
+        ) from error
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def mask(**arguments: Any) -> Tensor | None:
+    """The mask of one forward: None, or bool (batch, 1, queries, keys), True where a query may attend.
+
+    The arguments are those of transformers.masking_utils.sdpa_mask. In a bidirectional model every query sees the same
+    keys, so its mask is one row, expanded without being copied.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+
+    if arguments.get("mask_function") is not bidirectional_mask_function:
+        return _tensor_or_none(sdpa_mask(**arguments))
+    row = _tensor_or_none(sdpa_mask(**arguments | {"q_length": 1}))
+    return None if row is None else row.expand(-1, -1, arguments["q_length"], -1)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls instead of its own attention functions.
+
+    Args:
+        module: the attention module; its is_causal holds where the argument is None (True where it has none).
+        query: (B, H, Lq, D).   key, value: (B, Hk, Lk, D), H a multiple of Hk.
+        attention_mask: what `mask` returned, or a mask of the model's own. Without one, causal attention is top-left;
+            transformers leaves it out only where that is right.
+        s_aux: sinks, (H,).   position_bias: added to the scores, broadcastable to (B, H, Lq, Lk).
+        others: ignored, but for output_attentions. A sliding window is in the mask already.
+
+    Returns:
+        (output (B, Lq, H, D), None or the weights (B, H, Lq, Lk) where output_attentions asks for them).
+    """
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    causal = is_causal and attention_mask is None and query.shape[2] > 1
+    both = _added(attention_mask, position_bias)
+    scores: dict[str, Any] = dict(attn_mask=both, is_causal=causal, scale=scaling, softcap=softcap or 0.0)
+    grouped = query.shape[1] != key.shape[1]
+    output, lse = scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, enable_gqa=grouped, sinks=s_aux, return_lse=True, **scores
+    )
+    weights = None
+    if others.get("output_attentions"):
+        weights = torch.as_tensor(attention_weights(query, key, lse, **scores)).to(query.dtype)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _added(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:
+    """One mask that says both."""
+    if position_bias is None or attention_mask is None:
+        return attention_mask if position_bias is None else position_bias
+    if attention_mask.dtype == torch.bool:
+        return torch.where(attention_mask, position_bias, -torch.inf)
+    return attention_mask + position_bias
+
+
+def _tensor_or_none(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
