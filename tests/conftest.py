@@ -2,7 +2,9 @@
 
 A test that takes `kernels` runs once per instruction set that the library was built for, on the Triton kernels and on
 the reference formula; `isa` runs it on the CPU kernels only. With ``@pytest.mark.cases(list)`` it also takes `case`;
-Triton's interpreter and the formula get the small ones, Triton only those in ``triton=list`` where that is given.
+Triton's interpreter and the formula get the small ones, Triton only those in ``triton=list`` where that is given, and
+the kernels in ``thinned=names`` every third. ``@pytest.mark.no_triton`` leaves Triton out, for ops without a kernel
+there.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ MOST_ELEMENTS = {"triton": 4200, "reference": 120_000}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cases(list, triton=list): what `case` goes through, on Triton too")
+    config.addinivalue_line("markers", "cases(list, triton=list, thinned=names): what `case` goes through")
+    config.addinivalue_line("markers", "no_triton: the op has no Triton kernel")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,15 +39,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("cases")
     if fixture is None:
         return
+    if metafunc.definition.get_closest_marker("no_triton"):
+        sets["kernels"].remove("triton")
     if marker is None:
         metafunc.parametrize(fixture, sets[fixture], indirect=True)
         return
     pairs = [
         pytest.param(kernels, case, id=f"{kernels}-{case.name}")
-        for case in marker.args[0]
+        for number, case in enumerate(marker.args[0])
         for kernels in sets[fixture]
         if case.elements <= MOST_ELEMENTS.get(kernels, case.elements)
         and (kernels != "triton" or case in marker.kwargs.get("triton", marker.args[0]))
+        and (kernels not in marker.kwargs.get("thinned", ()) or number % 3 == 0)
     ]
     metafunc.parametrize((fixture, "case"), pairs, indirect=[fixture])
 

@@ -165,6 +165,16 @@ def test_explain_mentions_copies_and_emptiness() -> None:
     assert str(handtuned.explain(torch.relu, X)) == "no handtuned op was called"
 
 
+def test_explain_attention() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    (call,) = handtuned.explain(H.scaled_dot_product_attention, q, q.mT.contiguous().mT, q).calls
+    assert (call.op, call.served_by.backend) == ("attention", "cpu")
+    assert {c.backend: c.refused for c in call.candidates}["triton"] == "no Triton kernel for this op"
+    assert call.notes == ["key is copied once: its last stride is 3, not 1"]
+    with handtuned.backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel for this op"):
+        H.scaled_dot_product_attention(q, q, q)
+
+
 def test_explain_passes_keywords_and_errors_on() -> None:
     assert handtuned.explain(H.rms_norm, X, normalized_shape=(8,), eps=0.5).result.equal(H.rms_norm(X, (8,), eps=0.5))
     with pytest.raises(RuntimeError, match="normalized_shape"):
@@ -189,9 +199,10 @@ def test_info_lists_every_op_on_every_backend() -> None:
     info = handtuned.info()
     found = json.loads(json.dumps(info.as_dict()))
     rows = {(row["op"], row["backend"]) for row in found["kernels"]}
-    assert rows == {(op, b) for op in handtuned.ops.NORM_OPS for b in BACKENDS if b != "auto"}
+    assert rows == {(op, b) for op in handtuned.ops.OPS for b in BACKENDS if b != "auto"}
     assert all(row["why"] for row in found["kernels"])
-    assert all(row["built"] for row in found["kernels"] if row["backend"] != "cuda")
+    lacking = {(op, "triton") for op in handtuned.ops.ATTENTION_OPS} | {(op, "cuda") for op in handtuned.ops.OPS}
+    assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__
     assert found["torch_found"] == torch.__version__

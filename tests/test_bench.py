@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import cases  # noqa: E402
 
-from bench import bench_norm, gate, machine, report, room, timing  # noqa: E402
+from bench import bench_norm, families, gate, machine, report, room, timing  # noqa: E402
 from bench.peers import PEERS, Case, Eager, Handtuned, OnnxRuntime, Unavailable  # noqa: E402
 
 
@@ -122,7 +122,7 @@ def test_red_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("timed")
 
     monkeypatch.setattr(timing, "interleave", no_timing)
-    red = room.Room(quick=True, plan=timing.QUICK, copy_bandwidth=1e9, peers=(Eager(), Wrong()))
+    red = room.Room(quick=True, plan=timing.QUICK, limits={"copy": 1e9}, peers=(Eager(), Wrong()))
     with pytest.raises(pytest.fail.Exception, match=r"test red.*grad_bias"):
         red.measure(case, truth, room.Target(2.0, 1), fake_benchmark())
     (row,) = red.rows
@@ -139,7 +139,7 @@ def test_an_op_that_raises_is_red() -> None:
         def prepare(self, case: Case) -> Any:
             raise ValueError("broken")
 
-    red = room.Room(quick=True, plan=timing.QUICK, copy_bandwidth=1e9, peers=(Eager(), Raises()))
+    red = room.Room(quick=True, plan=timing.QUICK, limits={"copy": 1e9}, peers=(Eager(), Raises()))
     with pytest.raises(pytest.fail.Exception, match="ValueError: broken"):
         red.measure(case, truth, room.Target(2.0, 1), fake_benchmark())
 
@@ -151,7 +151,7 @@ def test_a_wrong_peer_is_left_out() -> None:
         def prepare(self, case: Case) -> Any:
             return lambda: (torch.zeros(case.shape),)
 
-    found = room.Room(quick=True, plan=timing.QUICK, copy_bandwidth=1e9, peers=(Eager(), Handtuned(), Wrong()))
+    found = room.Room(quick=True, plan=timing.QUICK, limits={"copy": 1e9}, peers=(Eager(), Handtuned(), Wrong()))
     entries, refused = found._prepare(case, truth, {"status": "ok"})
     assert [entry.name for entry in entries] == ["torch eager", "handtuned"]
     assert refused["onnxruntime"].startswith("output differs")
@@ -163,13 +163,13 @@ def row(op: str, ratio: float, target: float | None, **changes: Any) -> report.R
         return {
             "seconds": {"median": seconds, "low": seconds, "high": seconds},
             "ratio": {"median": r, "low": r * 0.9, "high": r * 1.1},
-            "copy_share": 0.5 / r,
+            "share": 0.5 / r,
             "faults_per_call": 0 if r == 1 else 3000,
         }
 
     peers = {"torch eager": figures(ratio * 1e-3), "handtuned": figures(1e-3), "onnxruntime": {"refused": "<none>"}}
-    made = {"op": op, "dtype": "fp32", "shape": [8, 256], "target": target, "status": "ok", "why": "", "peers": peers}
-    return made | changes
+    made = {"op": op, "dtype": "fp32", "shape": [8, 256], "target": target, "limit": "copy", "share_target": None}
+    return made | {"status": "ok", "why": "", "peers": peers} | changes
 
 
 ROWS = [
@@ -184,15 +184,27 @@ def test_verdicts() -> None:
     assert [report.cells(r)[-1] for r in ROWS] == ["", "slower", "test red"]
     assert report.cells(ROWS[0])[5] == "2.00 (1.80–2.20)"
     assert report.cells(ROWS[0])[8:11] == ["25 → 50", "3000 → 0", "1.5 ok"]
-    run = report.Run("default", {machine.OTHER_WORK: 1.0}, ROWS)
+    run = report.Run(families.NORM, "default", {machine.OTHER_WORK: 1.0}, ROWS)
     assert report.summary(run).startswith("2 rows timed, 1 slower than torch eager, 1 refused")
     assert "Not a quiet machine" in report.terminal(run, colour=False)
+
+
+def test_a_target_may_be_a_share_of_the_limit() -> None:
+    reached, missed = (row("attention fwd", 2.0, 1.5, limit="FMA", share_target=share) for share in (0.5, 0.6))
+    assert report.cells(reached, families.ATTENTION)[10] == "1.5, 50% ok"
+    assert report.cells(missed, families.ATTENTION)[10] == "1.5, 60% missed"
+    assert report.verdict(row("attention fwd", 2.0, None, share_target=0.4)) == "ok"
+
+
+def test_limits_are_positive() -> None:
+    assert machine.limits(quick=True).keys() == machine.LIMITS.keys()
+    assert min(machine.limits(quick=True).values()) > 1e8
 
 
 def test_page_is_self_contained(tmp_path: Path) -> None:
     for allocator in machine.ALLOCATORS:
         data = {"allocator": allocator, "rows": ROWS, "machine_info": {"handtuned": {"cpu": "a <cpu>"}}}
-        report.json_path(tmp_path, allocator).write_text(json.dumps(data))
+        report.json_path(tmp_path, families.NORM, allocator).write_text(json.dumps(data))
     assert report.main([str(tmp_path)]) == 0
     page = (tmp_path / "norm.html").read_text()
     assert not re.search(r"<(script|link|img|iframe|object)|@import|url\((?!#)", page)
@@ -216,7 +228,7 @@ def test_no_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_row_for_real(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "--quick", "--threads=1", f"--output={tmp_path}"]
-    command += ["--allocator=no-page-faults", "-k", "rms_norm-fwd-fp32-8x256"]
+    command += ["--family=norm", "--allocator=no-page-faults", "-k", "rms_norm-fwd-fp32-8x256"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -40,7 +40,9 @@ def test_names_and_schemas() -> None:
     assert handtuned.OP_NAMESPACE == "handtuned"
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
-    for name, op in ops.NORM_OPS.items():
+    assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
+    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS
+    for name, op in ops.OPS.items():
         schema = op._schema
         assert op is getattr(torch.ops.handtuned, name).default
         assert not schema.is_mutable
@@ -55,8 +57,8 @@ def test_names_and_schemas() -> None:
 
 
 def test_samples_reach_every_op_and_dtype() -> None:
-    assert {s[0] for s in SAMPLES} == set(ops.NORM_OPS.values())
-    for op in ops.NORM_OPS.values():
+    assert {s[0] for s in SAMPLES} == set(ops.OPS.values())
+    for op in ops.OPS.values():
         tensors = [s[1][0] for s in SAMPLES if s[0] is op]
         assert {t.dtype for t in tensors} == set(cases.SHORT)
         assert any(t.numel() == 0 for t in tensors)

@@ -70,7 +70,7 @@ class MaskPiece {
       for (int64_t j = 0; j < n; ++j)
         for (int64_t c = 0; c < padded<A>(tile_.rows); c += Tile::L) {
           const int64_t at = j * kAttentionTile + c;
-          store(sum_ + at, load(sum_ + at) + load(tile_.score_grad + at));
+          store(sum_ + at, load(sum_ + at) + load_first(tile_.score_grad + at, tile_.rows - c));
         }
     }
   }

@@ -179,6 +179,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, o: _Options) -> _Problem
     if mask is not None and mask.dtype == torch.bool:
         visible = visible & mask
     elif mask is not None:
+        visible = visible & (mask != -torch.inf)
         score = score + mask.to(score.dtype)
     if o.alibi_slopes is not None:
         slopes = o.alibi_slopes.detach().to(score.dtype)
