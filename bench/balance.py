@@ -74,27 +74,27 @@ def seconds(rows: int, keys: int, width: int, alignment: str, backward: bool) ->
 
 
 def forward_pieces(shape: Shape) -> list[float]:
-    """The cost of every piece in the order in which threads take them: last tiles first, of all heads."""
+    """The cost of every piece in the order in which threads take them: head by head, last tiles first."""
     rows_of_head = shape.tokens * (shape.heads // shape.kv_heads)
     costs = []
     for first in reversed(range(0, rows_of_head, TILE)):
         rows = min(TILE, rows_of_head - first)
         last = (first + rows - 1) % shape.tokens + 1  # one past the last query's place in its head
         keys, alignment = (last, "bottom_right") if shape.causal else (shape.tokens, "")
-        costs += [seconds(rows, keys, shape.width, alignment, False)] * (shape.batch * shape.kv_heads)
-    return costs
+        costs.append(seconds(rows, keys, shape.width, alignment, False))
+    return costs * (shape.batch * shape.kv_heads)
 
 
 def backward_pieces(shape: Shape) -> list[float]:
-    """Likewise: first chunks first. A query head of a group counts as a piece's worth of its own rows."""
+    """Likewise, first chunks first. A query head of a group counts as a piece's worth of its own rows."""
     heads, group = shape.batch * shape.kv_heads, shape.heads // shape.kv_heads
     chunk = ceil(shape.tokens / (min(ceil(PIECES / heads), MOST_CHUNKS) * TILE)) * TILE  # BackwardCut
     costs = []
     for first in range(0, shape.tokens, chunk):
         keys = min(chunk, shape.tokens - first)
         rows, alignment = (shape.tokens - first, "top_left") if shape.causal else (shape.tokens, "")
-        costs += [group * seconds(rows, keys, shape.width, alignment, True)] * heads
-    return costs
+        costs.append(group * seconds(rows, keys, shape.width, alignment, True))
+    return costs * heads
 
 
 def balance(costs: Iterable[float], threads: int) -> float:

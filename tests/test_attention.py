@@ -55,7 +55,10 @@ def test_the_bounds_catch(
     for draw in range(an.MOST_DRAWS):
         an.drawn(case, draw)  # torch's results, unspoiled
     results = ac.results
-    spoiled = lambda *args: {name: spoil(t) for name, t in results(*args).items()}  # noqa: E731
+
+    def spoiled(*args: Any) -> dict[str, Tensor]:
+        return {name: spoil(t) for name, t in results(*args).items()}
+
     monkeypatch.setattr(ac, "results", spoiled)
     with pytest.raises(AssertionError, match="allowed"):
         an.check_contract(case)

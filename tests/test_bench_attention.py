@@ -120,7 +120,7 @@ def test_balance_is_that_of_a_counter() -> None:
 def test_pieces_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance, "seconds", lambda rows, keys, width, alignment, backward: float(rows * keys))
     shape = balance.Shape(2, 4, 2, 128, 8, causal=True)
-    # A kv head has two query heads of two tiles; tiles from the last on, each for all four kv heads.
-    assert balance.forward_pieces(shape) == ([64 * 128.0] * 4 + [64 * 64.0] * 4) * 2
+    # Each of the four kv heads has two query heads of two tiles, taken from the last on.
+    assert balance.forward_pieces(shape) == [64 * 128.0, 64 * 64.0] * 8
     # Two chunks of 64 keys, seen by 128 and by 64 rows of each query head.
-    assert balance.backward_pieces(shape) == [2 * 128 * 64.0] * 4 + [2 * 64 * 64.0] * 4
+    assert balance.backward_pieces(shape) == [2 * 128 * 64.0, 2 * 64 * 64.0] * 4

@@ -280,10 +280,11 @@ void attention_forward_in(const AttentionForward& p) {
   const int64_t pitch = padded<A>(p.value_width) + 2, tile_pitch = kAttentionTile * pitch;
   const int64_t heads = p.batch * p.kv_heads;
   Scratch<A> partials(cut.chunks > 1 ? heads * cut.tiles * cut.chunks * tile_pitch : 0);
-  // The last tiles have the most work under a causal window, so they come first.
+  // Head by head, so that its keys and values stay in the cache for all its tiles. The last tiles have the most work
+  // under a causal window, so they come first.
   parallel_pieces(heads * cut.tiles * cut.chunks, serial, [&](int64_t piece) {
-    const int64_t chunk = piece % cut.chunks, head = piece / cut.chunks % heads;
-    const int64_t tile = cut.tiles - 1 - piece / cut.chunks / heads;
+    const int64_t chunk = piece % cut.chunks, head = piece / cut.chunks / cut.tiles;
+    const int64_t tile = cut.tiles - 1 - piece / cut.chunks % cut.tiles;
     const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
     ForwardPiece<A> work(p, head / p.kv_heads, head % p.kv_heads, tile * kAttentionTile, keys);
     work.run();

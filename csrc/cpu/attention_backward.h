@@ -202,9 +202,9 @@ void attention_backward_in(const AttentionBackward& p) {
   if (p.grad_query.data || p.grad_key.data || p.grad_value.data) {
     const bool in_parts = cut.chunks > 1 && p.grad_query.data;
     Scratch<A> parts(in_parts ? heads * cut.chunks * rows * p.width : 0);
-    // Under a causal window the first chunks have the most work, so they come first.
+    // Head by head, as in the forward; under a causal window the first chunks have the most work.
     parallel_pieces(heads * cut.chunks, is_small(p), [&](int64_t piece) {
-      const int64_t head = piece % heads, chunk = piece / heads;
+      const int64_t head = piece / cut.chunks, chunk = piece % cut.chunks;
       const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
       BackwardPiece<A> work(p, head / p.kv_heads, head % p.kv_heads, keys, delta.data);
       work.run(in_parts ? parts.data + (head * cut.chunks + chunk) * rows * p.width : nullptr);

@@ -67,6 +67,7 @@ class MaskPiece {
       const auto keys = key_block(p_, p_.key, e, b, kv_head, first, n, p_.width, key_scratch_);
       const auto values = key_block(p_, p_.value, e, b, kv_head, first, n, p_.value_width, value_scratch_);
       tile_.scores(first, n, keys, values);
+      // Lanes past the last row are left out: against a NaN key their scores are NaN.
       for (int64_t j = 0; j < n; ++j)
         for (int64_t c = 0; c < padded<A>(tile_.rows); c += Tile::L) {
           const int64_t at = j * kAttentionTile + c;

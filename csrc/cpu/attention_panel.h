@@ -187,7 +187,7 @@ inline bool all_finite(Broadcast<A> rows, int64_t n, int64_t width) {
 
 // ---- scores -----------------------------------------------------------------------------------------------------
 
-// bias[j][lane] = the mask of (lane's query, key first + j) : what is added to the score, -infinity to hide.
+// bias[j][lane] = the mask of (lane's query, key first + j): what is added to the score, -infinity to hide.
 template <class M, class A>
 inline void load_mask(const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n, A* bias) {
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
