@@ -303,8 +303,4 @@ void attention_forward_in(const AttentionForward& p) {
   });
 }
 
-inline void attention_forward(const AttentionForward& p) {
-  p.dtype == DType::f64 ? attention_forward_in<double>(p) : attention_forward_in<float>(p);
-}
-
 }  // namespace handtuned::HANDTUNED_ISA

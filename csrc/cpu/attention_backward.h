@@ -214,8 +214,4 @@ void attention_backward_in(const AttentionBackward& p) {
   if (p.grad_mask) find_grad_mask(p, delta.data);
 }
 
-inline void attention_backward(const AttentionBackward& p) {
-  p.dtype == DType::f64 ? attention_backward_in<double>(p) : attention_backward_in<float>(p);
-}
-
 }  // namespace handtuned::HANDTUNED_ISA

@@ -1,12 +1,10 @@
-// Every CPU kernel, compiled once per instruction set: the build passes the ISA's flags and its namespace as
-// HANDTUNED_ISA. Nothing here or below may include a torch or STL header with inline code: the linker could keep an
-// AVX-512 copy of a function that the rest of the library shares.
+// The function table of one instruction set. This file and those of the families (norm.cpp, attention.cpp) are compiled
+// once for each: the build passes the ISA's flags and its namespace as HANDTUNED_ISA. Nothing in them or below may
+// include a torch or STL header with inline code: the linker could keep an AVX-512 copy of a function that the rest of
+// the library shares.
 #include "kernels.h"
 
-#include "attention.h"
-#include "attention_backward.h"
 #include "limits.h"
-#include "norm.h"
 
 namespace handtuned::HANDTUNED_ISA {
 

@@ -22,4 +22,15 @@ struct Kernels {
   double (*multiply_add)(int64_t iterations);              // returns the flops it did
 };
 
+#ifdef HANDTUNED_ISA
+namespace HANDTUNED_ISA {
+
+void norm_forward(const NormForward&);
+void norm_backward(const NormBackward&);
+void attention_forward(const AttentionForward&);
+void attention_backward(const AttentionBackward&);
+
+}  // namespace HANDTUNED_ISA
+#endif
+
 }  // namespace handtuned

@@ -397,7 +397,7 @@ void backward(const NormBackward& p) {
   if (Centre) add_partials<T>(p, chunks, 1, p.grad_bias);
 }
 
-// ---- entries of the function table ------------------------------------------------------------------------------
+// ---- by type, for the entries of the function table (norm.cpp) -----------------------------------------------------
 
 template <template <class, bool> class Op, class Params>
 void by_type(const Params& p) {
@@ -421,8 +421,5 @@ template <class T, bool Centre>
 struct Backward {
   static void run(const NormBackward& p) { backward<T, Centre>(p); }
 };
-
-inline void norm_forward(const NormForward& p) { by_type<Forward>(p); }
-inline void norm_backward(const NormBackward& p) { by_type<Backward>(p); }
 
 }  // namespace handtuned::HANDTUNED_ISA
