@@ -117,7 +117,7 @@ OPS = [op for dtype in BOTH for op in _rows(dtype)]
 
 
 def wanted(op: Op) -> tuple[float | None, float | None]:
-    """(ratio to torch eager, share of the FMA peak)."""
+    """(ratio to torch eager, share of the multiply-add peak)."""
     fp32, tokens = op.case.dtype == FP32, op.case.shape[2]
     if op.name == "attention, bias with gradient f+b":
         return (2.0, None) if fp32 else (None, None)
@@ -154,7 +154,8 @@ def target(op: Op) -> Target:
         return Target(
             ratio, 2 * sum(case.seen_key_lengths) * heads * case.shape[4] * case.dtype.itemsize, "read", share
         )
-    return Target(ratio, 4 * pairs(op) * case.shape[4] * (3.5 if op.backward else 1), "FMA", share)
+    limit = "dot" if case.dtype == torch.bfloat16 else "FMA"
+    return Target(ratio, 4 * pairs(op) * case.shape[4] * (3.5 if op.backward else 1), limit, share)
 
 
 # ---- preparation -----------------------------------------------------------------------------------------------------

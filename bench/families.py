@@ -48,8 +48,9 @@ ATTENTION = Family(
     "what a torch user writes instead. math is its unfused kernel, flex is flex_attention under torch.compile, which "
     "on CPU has no backward. Shapes are batch x heads x tokens x head dim; heads/kv heads where they differ, "
     "queries/keys likewise. The limit of decode rows is the read bandwidth, of the bytes of keys and values; of "
-    "all others the float32 FMA peak of all threads, both measured in the same run. Operations are useful ones: "
-    "4·heads·queries·keys·dim forward, pairs that are masked out not counted, 3.5 times that with the backward. 16-bit "
-    "dot instructions, where the processor has them, may exceed 100. Faults are page faults per call.",
+    "all others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies "
+    "bf16 with, all measured in the same run. Operations are useful ones: "
+    "4·heads·queries·keys·dim forward, pairs that are masked out not counted, 3.5 times that with the backward. "
+    "Faults are page faults per call.",
 )
 FAMILIES = {family.name: family for family in (NORM, ATTENTION)}

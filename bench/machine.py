@@ -28,7 +28,12 @@ TITLES = {
 }
 
 
-LIMITS = {"copy": "copy bandwidth", "read": "read bandwidth", "FMA": "FMA peak"}  # what a row's share is a share of
+LIMITS = {  # what a row's share is a share of
+    "copy": "copy bandwidth",
+    "read": "read bandwidth",
+    "FMA": "FMA peak",
+    "dot": "bf16 dot peak",
+}
 OTHER_WORK = "cores busy with other work"
 QUIET = 0.1  # cores
 
@@ -71,20 +76,20 @@ def read_bandwidth(quick: bool) -> float:
     return buffer.numel() * buffer.itemsize / best
 
 
-def multiply_add_rate() -> float:
-    """float32 operations per second of all threads, each a multiply-add chain in registers."""
+def multiply_add_rate(of_bf16: bool) -> float:
+    """Operations per second of all threads, each a multiply-add chain in registers: of float32, or bf16's own if any."""
     import torch
 
     from handtuned import _C
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(lambda _: _C.multiply_add_rate(), range(threads))) * 1e9
+        return sum(pool.map(lambda _: _C.multiply_add_rate(of_bf16), range(threads))) * 1e9
 
 
 def limits(quick: bool) -> dict[str, float]:
     """The keys of LIMITS, in bytes or operations per second."""
-    return {"copy": copy_bandwidth(quick), "read": read_bandwidth(quick), "FMA": multiply_add_rate()}
+    return {"copy": copy_bandwidth(quick), "read": read_bandwidth(quick), "FMA": multiply_add_rate(False), "dot": multiply_add_rate(True)}
 
 
 def facts(limits: dict[str, float], other_cores: float) -> dict[str, Any]:
@@ -101,6 +106,7 @@ def facts(limits: dict[str, float], other_cores: float) -> dict[str, Any]:
         "copy bandwidth GB/s": round(limits["copy"] / 1e9, 1),
         "read bandwidth GB/s": round(limits["read"] / 1e9, 1),
         "FMA peak GFLOP/s": round(limits["FMA"] / 1e9, 1),
+        "bf16 dot peak GFLOP/s": round(limits["dot"] / 1e9, 1),
         "handtuned": info.version,
         "compiler": info.compiler,
         "torch": torch.__version__,

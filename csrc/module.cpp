@@ -36,6 +36,7 @@ py::list isa_table() {
     row["built"] = isa.kernels != nullptr;
     row["supported"] = isa.supported;
     row["needs"] = isa.needs;
+    row["multiplies_bf16"] = isa.kernels && isa.kernels->multiply_add_pairs;
     row["vector_bits"] = isa.kernels ? isa.kernels->vector_bytes * 8 : 0;
     table.append(row);
   }
@@ -83,10 +84,11 @@ double copy_bandwidth(int megabytes) {
   return 2.0 * double(blocks * kBlock) / time / 1e9;
 }
 
-// Multiply-add rate of one thread in float32, in GFLOP/s.
-double multiply_add_rate() {
+// Multiply-add rate of one thread in float32, or in what bfloat16 is multiplied in, in GFLOP/s.
+double multiply_add_rate(bool of_bf16) {
+  const auto run = of_bf16 && kernels().multiply_add_pairs ? kernels().multiply_add_pairs : kernels().multiply_add;
   double flops = 0;
-  double time = best_time(5, [&] { flops = kernels().multiply_add(1000000); });
+  double time = best_time(5, [&] { flops = run(1000000); });
   return flops / time / 1e9;
 }
 
@@ -101,5 +103,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return kernels().isa; });
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"));
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 256, py::call_guard<py::gil_scoped_release>());
-  m.def("multiply_add_rate", &multiply_add_rate, py::call_guard<py::gil_scoped_release>());
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("of_bf16") = false,
+        py::call_guard<py::gil_scoped_release>());
 }

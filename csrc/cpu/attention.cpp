@@ -5,12 +5,22 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
+// Calls use(E()) with the element type of the products' operands.
+template <class Use>
+static void with_elements(DType dtype, Use use) {
+  if (dtype == DType::f64) return use(double());
+  if constexpr (kMultipliesPairs) {
+    if (dtype == DType::bf16) return use(pair());
+  }
+  use(float());
+}
+
 void attention_forward(const AttentionForward& p) {
-  p.dtype == DType::f64 ? attention_forward_in<double>(p) : attention_forward_in<float>(p);
+  with_elements(p.dtype, [&](auto element) { attention_forward_in<decltype(element)>(p); });
 }
 
 void attention_backward(const AttentionBackward& p) {
-  p.dtype == DType::f64 ? attention_backward_in<double>(p) : attention_backward_in<float>(p);
+  with_elements(p.dtype, [&](auto element) { attention_backward_in<decltype(element)>(p); });
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

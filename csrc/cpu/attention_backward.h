@@ -30,9 +30,10 @@ struct BackwardCut {
 
 // One chunk of keys of (b, kv head). grad_query_part: dQ of this chunk [row][width] of float, or nullptr where it goes
 // straight to the result.
-template <class A>
+template <class E>
 class BackwardPiece {
-  using Tile = BackwardTile<A>;
+  using A = Accumulate<E>;
+  using Tile = BackwardTile<E>;
   static constexpr int W = Tile::W, L = Tile::L;
 
  public:
@@ -49,7 +50,9 @@ class BackwardPiece {
     grad_key_ = arena_.template take<A>(keys * padded<A>(p.width));
     grad_value_ = arena_.template take<A>(keys * padded<A>(p.value_width));
     grad_query_ = arena_.template take<A>(Tile::kPanels * p.width * W);
+    query_rows_ = arena_.template take<A>(W * padded<A>(p.width));
     key_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.width));
+    column_scratch_ = arena_.template take<A>(kPack<E> == 2 ? kBackwardBlock * padded<A>(p.width) : 0);
     value_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.value_width));
     __builtin_memset(grad_key_, 0, keys * padded<A>(p.width) * sizeof(A));
     __builtin_memset(grad_value_, 0, keys * padded<A>(p.value_width) * sizeof(A));
@@ -70,7 +73,7 @@ class BackwardPiece {
       const int64_t at = j - chunk_.begin;
       if (p_.grad_key.data)
         write_row(p_.dtype, key_row(p_, p_.grad_key, e_, b_, kv_head_, j), p_.width,
-                  grad_key_ + at * padded<A>(p_.width), A(1));
+                  grad_key_ + at * padded<A>(p_.width), tile_.scale.rest);
       if (p_.grad_value.data)
         write_row(p_.dtype, key_row(p_, p_.grad_value, e_, b_, kv_head_, j), p_.value_width,
                   grad_value_ + at * padded<A>(p_.value_width), A(1));
@@ -81,45 +84,52 @@ class BackwardPiece {
   static size_t bytes(const Attention& p, int64_t keys) {
     const int64_t width = padded<A>(p.width), value_width = padded<A>(p.value_width);
     return Tile::bytes(p) + Arena::bytes_of<A>(keys * width) + Arena::bytes_of<A>(keys * value_width) +
-           Arena::bytes_of<A>(Tile::kPanels * p.width * W) + Arena::bytes_of<A>(kBackwardBlock * width) +
-           Arena::bytes_of<A>(kBackwardBlock * value_width);
+           Arena::bytes_of<A>(Tile::kPanels * p.width * W) + Arena::bytes_of<A>(W * width) +
+           kPack<E> * Arena::bytes_of<A>(kBackwardBlock * width) + Arena::bytes_of<A>(kBackwardBlock * value_width);
   }
 
   void add_block(int64_t first, int64_t n) {
-    const int64_t width = padded<A>(p_.width), value_width = padded<A>(p_.value_width), rows = Tile::kRows;
-    const auto keys = key_block(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, key_scratch_);
-    const auto values = key_block(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width, value_scratch_);
+    const int64_t width = padded<A>(p_.width), value_width = padded<A>(p_.value_width);
+    const auto keys = key_block<E>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, key_scratch_);
+    const auto values = key_block<E>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width, value_scratch_);
     const bool hides = tile_.scores(first, n, keys, values);
-    const bool guarded = hides && !(tile_.finite && all_finite(keys, n, p_.width));
-    const int64_t at = first - chunk_.begin;
-    auto add_rows = guarded ? &multiply_visible<A, true> : &multiply<A, true>;
-    add_rows(n, value_width / L, {tile_.dropped, rows, 1}, tile_.grad, value_width, tile_.rows,
+    const bool guarded = hides && !(tile_.finite && all_finite<A>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width));
+    const int64_t at = first - chunk_.begin, depth = elements<E>(tile_.rows);
+    auto add_rows = guarded ? &multiply_visible<E, true> : &multiply<E, true>;
+    add_rows(n, value_width / L, {tile_.dropped, Tile::kPitch, 1}, tile_.grad, value_width, depth,
              grad_value_ + at * value_width, value_width);
-    add_rows(n, width / L, {tile_.score_grad, rows, 1}, tile_.query, width, tile_.rows, grad_key_ + at * width, width);
+    add_rows(n, width / L, {tile_.score_grad, Tile::kPitch, 1}, tile_.query, width, depth, grad_key_ + at * width,
+             width);
     if (!p_.grad_query.data) return;
-    auto add_lanes = guarded ? &multiply_visible<A, false> : &multiply<A, true>;
+    const auto columns = kPack<E> == 1
+                             ? Broadcast<E>{keys.data, keys.step, keys.row}
+                             : key_columns<E>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, column_scratch_);
+    auto add_lanes = guarded ? &multiply_visible<E, false> : &multiply<E, true>;
     for (int i = 0; i < tile_.panels; ++i) {
       const PanelBlock part = visible_part(p_, tile_.panel[i], first, n);
       if (part.n <= 0) continue;
       const int64_t skipped = part.first - first;
-      add_lanes(p_.width, tile_.panel[i].vectors, {keys.data + skipped * keys.row, keys.step, keys.row},
-                tile_.score_grad + skipped * rows + i * W, rows, part.n, grad_query_ + i * p_.width * W, W);
+      add_lanes(p_.width, tile_.panel[i].vectors, skip_columns(columns, skipped),
+                tile_.grad_by_key + skipped / kPack<E> * Tile::kRows + i * W, Tile::kRows, elements<E>(part.n),
+                grad_query_ + i * p_.width * W, W);
     }
   }
 
   void write_grad_query(A* part) {
     if (!p_.grad_query.data) return;
+    alignas(64) A factor[W];
+    for (A& x : factor) x = A(p_.scale);
     for (int i = 0; i < tile_.panels; ++i) {
       const Panel<A>& panel = tile_.panel[i];
       const int64_t pitch = padded<A>(p_.width);
-      unpack_transposed(p_.width, panel.rows, grad_query_ + i * p_.width * W, tile_.query, pitch);  // no longer needed
+      unpack_transposed(p_.width, panel.rows, grad_query_ + i * p_.width * W, factor, query_rows_, pitch);
       for (int lane = 0; lane < panel.rows; ++lane) {
-        const A* sums = tile_.query + lane * pitch;
+        const A* sums = query_rows_ + lane * pitch;
         if (part)
-          write_row(kDType<A>, part + (i * W + lane) * p_.width, p_.width, sums, A(p_.scale));
+          write_row(kDType<A>, part + (i * W + lane) * p_.width, p_.width, sums, A(1));
         else
           write_row(p_.dtype, query_row(p_, p_.grad_query, e_, b_, panel.head[lane], panel.query[lane]), p_.width, sums,
-                    A(p_.scale));
+                    A(1));
       }
     }
   }
@@ -133,7 +143,7 @@ class BackwardPiece {
   Tile tile_;
   A *grad_key_, *grad_value_;  // [keys of the chunk][padded width]
   A* grad_query_;              // [panel][width][W]
-  A *key_scratch_, *value_scratch_;
+  A *query_rows_, *key_scratch_, *column_scratch_, *value_scratch_;
 };
 
 // delta = sum_c dO O - dlse, like the lse.
@@ -192,12 +202,13 @@ void add_query_parts(const AttentionBackward& p, const BackwardCut& cut, A* part
   });
 }
 
-template <class A>
+template <class E>
 void attention_backward_in(const AttentionBackward& p) {
+  using A = Accumulate<E>;
   const BackwardCut cut(p);
   const int64_t heads = p.batch * p.kv_heads, rows = cut.tiles * kAttentionTile;
   Scratch<A> delta((p.query_starts ? 1 : p.batch) * p.heads * p.total_rows);
-  find_delta(p, delta.data);
+  find_delta<A>(p, delta.data);
   if (p.grad_sinks) find_grad_sinks(p, delta.data);
   if (p.grad_query.data || p.grad_key.data || p.grad_value.data) {
     const bool in_parts = cut.chunks > 1 && p.grad_query.data;
@@ -206,7 +217,7 @@ void attention_backward_in(const AttentionBackward& p) {
     parallel_pieces(heads * cut.chunks, is_small(p), [&](int64_t piece) {
       const int64_t head = piece / cut.chunks, chunk = piece % cut.chunks;
       const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
-      BackwardPiece<A> work(p, head / p.kv_heads, head % p.kv_heads, keys, delta.data);
+      BackwardPiece<E> work(p, head / p.kv_heads, head % p.kv_heads, keys, delta.data);
       work.run(in_parts ? parts.data + (head * cut.chunks + chunk) * rows * p.width : nullptr);
     });
     if (in_parts) add_query_parts(p, cut, parts.data);

@@ -64,8 +64,8 @@ class MaskPiece {
     tile_.load(e, b, kv_head, before + row, end, delta_);
     for (int64_t first = key; first < least(key_end, tile_.any.end); first += kBackwardBlock) {
       const int64_t n = least(kBackwardBlock, key_end - first);
-      const auto keys = key_block(p_, p_.key, e, b, kv_head, first, n, p_.width, key_scratch_);
-      const auto values = key_block(p_, p_.value, e, b, kv_head, first, n, p_.value_width, value_scratch_);
+      const auto keys = key_block<A>(p_, p_.key, e, b, kv_head, first, n, p_.width, key_scratch_);
+      const auto values = key_block<A>(p_, p_.value, e, b, kv_head, first, n, p_.value_width, value_scratch_);
       tile_.scores(first, n, keys, values);
       // Lanes past the last row are left out: against a NaN key their scores are NaN.
       for (int64_t j = 0; j < n; ++j)

@@ -27,6 +27,15 @@ HT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// Element type E of the products' operands: float or double, or pair for bf16 where the ISA multiplies pairs. Numbers
+// in an element, and elements of a row of numbers.
+template <class E>
+inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
+template <class E>
+HT_INLINE int64_t elements(int64_t width) {
+  return (width + kPack<E> - 1) / kPack<E>;
+}
+
 // Too little work to wake other threads for.
 inline bool is_small(const Attention& p) {
   constexpr double kSmallFlops = 1 << 19;
@@ -40,7 +49,7 @@ struct Panel {
   static constexpr int W = kPanel<A>, L = kLanes<A>;
   int rows, vectors;                                             // in use
   int64_t query[W], head[W];                                     // index in its sequence, query head
-  alignas(64) A centre[W], slope[W];                             // position among the keys (for ALiBi), slope
+  alignas(64) A centre[W], slope[W];                             // of ALiBi alone: position among the keys, slope
   alignas(64) ints<A> begin[kPanelVectors], end[kPanelVectors];  // visible keys by window and length
   KeyRange any, all;                                             // keys that some row sees, keys that all see
 };
@@ -49,30 +58,33 @@ struct Panel {
 template <class A>
 inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t b, int64_t kv_head, int64_t first,
                            int64_t end) {
+  constexpr int W = Panel<A>::W, L = Panel<A>::L;
   Panel<A> panel;
-  const int64_t group = p.heads / p.kv_heads;
-  panel.rows = int(least(end - first, Panel<A>::W));
-  panel.vectors = (panel.rows + Panel<A>::L - 1) / Panel<A>::L;
+  panel.rows = int(least(end - first, W));
+  panel.vectors = (panel.rows + L - 1) / L;
+  const int64_t h = kv_head * (p.heads / p.kv_heads) + first / e.query_rows, i = first % e.query_rows;
+  for (int lane = 0; lane < W; ++lane) panel.query[lane] = i + lane, panel.head[lane] = h;
+  for (int lane = int(least(W, e.query_rows - i)); lane < panel.rows; ++lane) {  // the next heads
+    panel.query[lane] = (i + lane) % e.query_rows;
+    panel.head[lane] = h + (i + lane) / e.query_rows;
+  }
+  for (int lane = panel.rows; lane < W; ++lane) panel.query[lane] = i, panel.head[lane] = h;
   panel.any = {e.key_rows, 0};
   panel.all = {0, e.key_rows};
-  int64_t head = kv_head * group + first / e.query_rows, i = first % e.query_rows;
-  for (int lane = 0; lane < Panel<A>::W; ++lane) {
-    KeyRange seen{0, 0};
-    if (lane < panel.rows) {
-      seen = visible_keys(p, e, i);
-      if (seen.begin < seen.end) panel.any = {least(panel.any.begin, seen.begin), most(panel.any.end, seen.end)};
-      panel.all = {most(panel.all.begin, seen.begin), least(panel.all.end, seen.end)};
-      panel.query[lane] = i;
-      panel.head[lane] = head;
-      panel.centre[lane] = A(i + e.offset);
-      panel.slope[lane] = p.slopes ? A(p.slopes[b * p.heads + head]) : A(0);
-      if (++i == e.query_rows) i = 0, ++head;
-    } else {
-      panel.query[lane] = panel.query[0], panel.head[lane] = panel.head[0];
-      panel.centre[lane] = panel.slope[lane] = 0;
-    }
-    panel.begin[lane / Panel<A>::L][lane % Panel<A>::L] = seen.begin;
-    panel.end[lane / Panel<A>::L][lane % Panel<A>::L] = seen.end;
+  const bool same = p.window_left < 0 && p.window_right < 0;
+  alignas(64) int64_t begin[W] = {}, stop[W] = {};
+  for (int lane = 0; lane < panel.rows; ++lane) {
+    const KeyRange seen = same ? KeyRange{0, e.key_rows} : visible_keys(p, e, panel.query[lane]);
+    if (seen.begin < seen.end) panel.any = {least(panel.any.begin, seen.begin), most(panel.any.end, seen.end)};
+    panel.all = {most(panel.all.begin, seen.begin), least(panel.all.end, seen.end)};
+    begin[lane] = seen.begin, stop[lane] = seen.end;
+  }
+  if (panel.rows % 2) panel.all.end = 0;  // the last row's partner in a pair sees nothing, NaN keys included
+  for (int v = 0; v < kPanelVectors; ++v)
+    for (int l = 0; l < L; ++l) panel.begin[v][l] = begin[v * L + l], panel.end[v][l] = stop[v * L + l];
+  for (int lane = 0; p.slopes && lane < W; ++lane) {
+    panel.centre[lane] = A(panel.query[lane] + e.offset);
+    panel.slope[lane] = A(p.slopes[b * p.heads + panel.head[lane]]);
   }
   return panel;
 }
@@ -129,16 +141,33 @@ HT_INLINE void pack_transposed(int64_t width, int rows, int vectors, A* to, From
   }
 }
 
-// rows[lane][c] = from[c][lane], c < width, lane < rows; rows have room for padded(width).
+// rows[lane][c] = from[c][lane] * factor[lane], c < width, lane < rows; rows have room for padded(width).
 template <class A>
-HT_INLINE void unpack_transposed(int64_t width, int rows, const A* from, A* to, int64_t pitch) {
+HT_INLINE void unpack_transposed(int64_t width, int rows, const A* from, const A* factor, A* to, int64_t pitch) {
   constexpr int L = kLanes<A>, W = kPanel<A>;
   for (int first = 0; first < rows; first += L) {
+    const vec<A> scale = load(factor + first);
     for (int64_t c = 0; c < width; c += L) {
       vec<A> square[L];
-      for (int64_t i = 0; i < L; ++i) square[i] = c + i < width ? load(from + (c + i) * W + first) : vec<A>{};
+      for (int64_t i = 0; i < L; ++i) square[i] = c + i < width ? load(from + (c + i) * W + first) * scale : vec<A>{};
       transpose<A>(square);
       for (int i = 0; i < L && first + i < rows; ++i) store(to + (first + i) * pitch + c, square[i]);
+    }
+  }
+}
+
+// to[j / 2][c] = numbers c of rows j and j + 1 of bf16, times a power of two; zero past n and past width. Rows of `to`
+// are padded(width) apart.
+template <class RowOf>
+HT_INLINE void pack_row_pairs(int64_t n, int64_t width, float power, pair* to, RowOf row_of) {
+  constexpr int L = kLanes<float>;
+  for (int64_t j = 0; j < n; j += 2, to += padded<float>(width)) {
+    const bf16 *first = row_of(j), *second = j + 1 < n ? row_of(j + 1) : nullptr;
+    for (int64_t c = 0; c < width; c += L) {
+      const u32 low = (u32)(load_first(first + c, width - c) * power);
+      const u32 high = second ? (u32)(load_first(second + c, width - c) * power) : u32{};
+      const u32 both = low >> 16 | high;
+      __builtin_memcpy(to + c, &both, sizeof both);
     }
   }
 }
@@ -156,33 +185,107 @@ HT_INLINE void* key_row(const Attention& p, const AttentionTensor& t, const Atte
   return static_cast<char*>(t.data) + (at + head * t.head) * bytes_of(p.dtype);
 }
 
-// ---- keys and values --------------------------------------------------------------------------------------------
+// ---- operands of the products -------------------------------------------------------------------------------------
 
-// Keys (or values) [first, first + n) as rows of A: in place where they are that already, else converted or gathered
-// from their pages into `scratch` [n][padded(width)].
-template <class A>
-HT_INLINE Broadcast<A> key_block(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+// What queries are multiplied with as they are packed, and what is left for their scores: pairs stay bf16, so they take
+// a power of two.
+template <class E>
+struct Scale {
+  Accumulate<E> power, rest = 1;
+  explicit Scale(double scale) : power(Accumulate<E>(scale)) {
+    if constexpr (kPack<E> == 2) {
+      int exponent;
+      const double mantissa = __builtin_frexp(scale, &exponent);
+      power = float(__builtin_ldexp(1, exponent - 1)), rest = float(2 * mantissa);
+    }
+  }
+};
+
+// A row as elements, stored in words of A: in place where it is that already, else in `to` [padded(width)].
+template <class E, class A = Accumulate<E>>
+HT_INLINE const A* row_elements(DType dtype, const void* row, int64_t width, A* to) {
+  if constexpr (kPack<E> == 1) return read_row(dtype, row, width, to);
+  if (width % 2 == 0) return static_cast<const A*>(row);
+  to[width / 2] = 0;
+  __builtin_memcpy(to, row, width * sizeof(bf16));
+  return to;
+}
+
+// Elements times the power of a Scale.
+template <class E>
+HT_INLINE f32 scaled(f32 words, float power) {
+  if constexpr (kPack<E> == 1) return words * power;
+  const u32 pairs = (u32)words;
+  return (f32)((u32)(first_of(pairs) * power) >> 16 | (u32)(second_of(pairs) * power));
+}
+template <class E>
+HT_INLINE f64 scaled(f64 words, double power) {
+  return words * power;
+}
+
+// Keys (or values) [first, first + n): element [j][c], for sums over the width. In place where they are elements that
+// already, else converted or gathered from their pages into `scratch` [n][padded(width)].
+template <class E, class A = Accumulate<E>>
+HT_INLINE Broadcast<E> key_block(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
                                  int64_t kv_head, int64_t first, int64_t n, int64_t width, A* scratch) {
-  const bool wide = !is_narrow(p.dtype);
-  if (wide && !p.pages) return {static_cast<A*>(key_row(p, t, e, b, kv_head, first)), t.row, 1};
+  const bool in_place = kPack<E> == 2 ? width % 2 == 0 && t.row % 2 == 0 : !is_narrow(p.dtype);
+  if (in_place && !p.pages) return {static_cast<const E*>(key_row(p, t, e, b, kv_head, first)), t.row / kPack<E>, 1};
   const int64_t pitch = padded<A>(width);
   for (int64_t j = 0; j < n; ++j) {
     A* to = scratch + j * pitch;
-    const A* row = read_row(p.dtype, key_row(p, t, e, b, kv_head, first + j), width, to);
-    if (wide) __builtin_memcpy(to, row, width * sizeof(A));
+    const A* row = row_elements<E>(p.dtype, key_row(p, t, e, b, kv_head, first + j), width, to);
+    if (row != to) __builtin_memcpy(to, row, elements<E>(width) * sizeof(E));
   }
-  return {scratch, pitch, 1};
+  return {reinterpret_cast<const E*>(scratch), pitch, 1};
 }
 
+// The same for sums over the keys: element [c][j], two keys to a pair. `keys`: what key_block() gave, used where it can
+// be; scratch [elements(n)][padded(width)].
+template <class E, class A = Accumulate<E>>
+HT_INLINE Broadcast<E> key_columns(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+                                   int64_t kv_head, int64_t first, int64_t n, int64_t width, A* scratch) {
+  if constexpr (kPack<E> == 1) {
+    const Broadcast<E> rows = key_block<E>(p, t, e, b, kv_head, first, n, width, scratch);
+    return {rows.data, rows.step, rows.row};
+  } else {
+    pair* to = reinterpret_cast<pair*>(scratch);
+    pack_row_pairs(n, width, 1, to, [&](int64_t j) HT_LAMBDA {
+      return static_cast<const bf16*>(key_row(p, t, e, b, kv_head, first + j));
+    });
+    return {to, 1, padded<A>(width)};
+  }
+}
+
+// Keys [first, ...) of a block that begins at key 0: `skipped` of them are left out, an even number.
+template <class E>
+HT_INLINE Broadcast<E> skip_rows(Broadcast<E> keys, int64_t skipped) {
+  return {keys.data + skipped * keys.row, keys.row, keys.step};
+}
+template <class E>
+HT_INLINE Broadcast<E> skip_columns(Broadcast<E> keys, int64_t skipped) {
+  return {keys.data + skipped / kPack<E> * keys.step, keys.row, keys.step};
+}
+
+// Whether rows of a tensor hold neither infinity nor NaN.
+template <class A, class RowOf>
+inline bool all_finite(DType dtype, int64_t n, int64_t width, RowOf row_of) {
+  ints<A> odd{};
+  with_type<A>(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<Accumulate<T>, A>) {
+      for (int64_t j = 0; j < n; ++j) {
+        const T* row = static_cast<const T*>(row_of(j));
+        for (int64_t c = 0; c < width; c += kLanes<A>)
+          odd |= ~(absolute(load_first(row + c, width - c)) < A(__builtin_inf()));
+      }
+    }
+  });
+  return !any(odd);
+}
 template <class A>
-inline bool all_finite(Broadcast<A> rows, int64_t n, int64_t width) {
-  ints<A> finite = ~ints<A>{};
-  for (int64_t j = 0; j < n; ++j)
-    for (int64_t c = 0; c < width; c += kLanes<A>)
-      finite &= absolute(load_first(rows.data + j * rows.row + c, width - c)) < A(__builtin_inf());
-  for (int i = 0; i < kLanes<A>; ++i)
-    if (!finite[i]) return false;
-  return true;
+inline bool all_finite(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+                       int64_t kv_head, int64_t first, int64_t n, int64_t width) {
+  return all_finite<A>(p.dtype, n, width, [&](int64_t j) { return key_row(p, t, e, b, kv_head, first + j); });
 }
 
 // ---- scores -----------------------------------------------------------------------------------------------------
@@ -239,19 +342,21 @@ struct PanelBlock {
   bool partial;
 };
 
-// Dropout factors come in whole blocks, so with dropout the part begins where the block does.
+// Dropout factors come in whole blocks, so with dropout the part begins where the block does. It begins at an even key:
+// two make a pair.
 template <class A>
 HT_INLINE PanelBlock visible_part(const Attention& p, const Panel<A>& panel, int64_t first, int64_t n) {
-  const int64_t begin = p.dropout.p > 0 ? first : most(first, panel.any.begin), end = least(first + n, panel.any.end);
+  const int64_t begin = p.dropout.p > 0 ? first : most(first, panel.any.begin) & ~int64_t(1);
+  const int64_t end = least(first + n, panel.any.end);
   return {begin, panel.any.begin < first + n ? end - begin : 0, begin < panel.all.begin || end > panel.all.end};
 }
 
-// Turns the products scale * q.k in s[j][lane] into scores. Keys that a row does not see get -infinity. bias: scratch
-// [kKeyBlock][W]. derivative [kKeyBlock][W], if given, gets that of the softcap.
-//   s = softcap * tanh(s / softcap);  s += mask;  s -= slope * |centre - j|
+// Turns the products scale / rest * q.k in s[j][lane] into scores. Keys that a row does not see get -infinity. bias:
+// scratch [kKeyBlock][W]. derivative [kKeyBlock][W], if given, gets that of the softcap.
+//   s = rest * s;  s = softcap * tanh(s / softcap);  s += mask;  s -= slope * |centre - j|
 template <class A>
-inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A* s, int64_t pitch,
-                          A* bias, A* derivative) {
+inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A rest, A* s,
+                          int64_t pitch, A* bias, A* derivative) {
   using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
   const A hidden = -A(__builtin_inf());
@@ -259,6 +364,7 @@ inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, 
     for (int64_t j = 0; j < block.n; ++j)
       for (int v = 0; v < panel.vectors; ++v) store(s + j * pitch + v * L, change(load(s + j * pitch + v * L), j, v));
   };
+  if (rest != 1) each([&](vec<A> x, int64_t, int) HT_LAMBDA { return x * rest; });
   if (p.softcap > 0) {
     const A cap = A(p.softcap), inverse = A(1 / p.softcap);
     each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
@@ -287,15 +393,16 @@ inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, 
   }
 }
 
-// S[j][lane] = K[j] . Q^T over the width, in stretches whose sums are rounded on their own.
-template <class A>
-HT_INLINE void multiply_width(int64_t n, int vectors, Broadcast<A> rows, const A* transposed, int64_t width, A* s,
-                              int64_t pitch) {
-  constexpr int64_t kStretch = 128;
-  multiply<A, false>(n, vectors, rows, transposed, kPanel<A>, least(width, kStretch), s, pitch);
-  for (int64_t c = kStretch; c < width; c += kStretch) {
-    rows.data += kStretch;
-    multiply<A, true>(n, vectors, rows, transposed + c * kPanel<A>, kPanel<A>, least(width - c, kStretch), s, pitch);
+// S[j][lane] = K[j] . Q^T over the width, of floats in stretches whose sums are rounded on their own.
+template <class E>
+HT_INLINE void multiply_width(int64_t n, int vectors, Broadcast<E> rows, const E* transposed, int64_t width,
+                              Accumulate<E>* s, int64_t pitch) {
+  constexpr int W = kPanel<Accumulate<E>>;
+  const int64_t depth = elements<E>(width), stretch = kPack<E> == 1 ? 128 : depth;
+  multiply<E, false>(n, vectors, rows, transposed, W, least(depth, stretch), s, pitch);
+  for (int64_t c = stretch; c < depth; c += stretch) {
+    rows.data += stretch;
+    multiply<E, true>(n, vectors, rows, transposed + c * W, W, least(depth - c, stretch), s, pitch);
   }
 }
 

@@ -19,7 +19,8 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&);
   // Machine limits, measured with this ISA's own loads, stores and multiply-adds (cpu/limits.h).
   void (*copy)(void* dst, const void* src, size_t bytes);  // non-temporal stores
-  double (*multiply_add)(int64_t iterations);              // returns the flops it did
+  double (*multiply_add)(int64_t iterations);              // of float; returns the flops it did
+  double (*multiply_add_pairs)(int64_t iterations);        // of bf16; nullptr where bf16 is converted to float first
 };
 
 #ifdef HANDTUNED_ISA

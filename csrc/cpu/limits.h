@@ -1,4 +1,4 @@
-// What the machine can do at best, to put beside what a kernel reaches: copy bandwidth and multiply-add rate.
+// What the machine can do at best, to put beside what a kernel reaches: copy bandwidth and multiply-add rates.
 #pragma once
 #include "simd.h"
 
@@ -21,19 +21,21 @@ inline void copy(void* dst, const void* src, size_t bytes) {
   stream_fence();
 }
 
-// Independent chains of fused multiply-adds, enough to hide their latency. Returns the flops done.
-inline double multiply_add(int64_t iterations) {
+// Independent chains of multiply-adds of E, enough to hide their latency. Returns the flops done.
+template <class E>
+double multiply_add(int64_t iterations) {
   constexpr int kChains = 12;
-  f32 a = broadcast(1.0f), b = broadcast(1e-9f), sum[kChains] = {};
-  HT_KEEP_IN_REGISTER(a);  // not to be known as 1: an addition is no multiply-add
+  vec<E> a{}, b{};
+  f32 sum[kChains] = {};
+  HT_KEEP_IN_REGISTER(a);  // not to be known as 0
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < kChains; ++j) {
-      sum[j] = a * sum[j] + b;
+      sum[j] = multiply_add(a, b, sum[j]);
       HT_KEEP_IN_REGISTER(sum[j]);
     }
   }
-  return 2.0 * kChains * kLanes<float> * double(iterations);
+  return 2.0 * kChains * kLanes<float> * (std::is_same_v<E, pair> ? 2 : 1) * double(iterations);
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

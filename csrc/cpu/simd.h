@@ -72,6 +72,14 @@ struct VectorOf<double> {
 };
 template <class A>
 using vec = typename VectorOf<A>::type;
+// Two neighbours along the summed dimension of a product, which the bf16 dot instruction multiplies and adds at once.
+struct pair {
+  bf16 first, second;
+};
+template <>
+struct VectorOf<pair> {
+  using type = u32;
+};
 template <class A>
 inline constexpr DType kDType = sizeof(A) == 8 ? DType::f64 : DType::f32;
 template <class A>
@@ -89,6 +97,12 @@ HT_INLINE V load_bits(const T* p) {
 template <class A>
 HT_INLINE vec<A> broadcast(A a) {
   return a - vec<A>{};  // with -fno-signed-zeros this is one broadcast and nothing else
+}
+
+HT_INLINE u32 broadcast(pair a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return u32{} + bits;
 }
 
 HT_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
@@ -181,10 +195,50 @@ HT_INLINE u16_half narrow_f16(f32 v) {
 }
 #endif
 
+// ---- pairs of bf16 ------------------------------------------------------------------------------------------------
+
+HT_INLINE f32 first_of(u32 pairs) { return (f32)(pairs << 16); }
+HT_INLINE f32 second_of(u32 pairs) { return (f32)(pairs & 0xffff0000u); }
+
+// Both rounded to nearest even.
+HT_INLINE u32 narrow_pair(f32 first, f32 second) {
+#if defined(HT_AVX512) && defined(__AVX512BF16__)
+  // The conversion leaves all of `first` below all of `second`; the permutation brings neighbours together.
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i order = _mm512_load_si512(kOrder);
+  return (u32)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+  return round_bf16(first) >> 16 | (round_bf16(second) & 0xffff0000u);
+#endif
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------
+
+// Whether this ISA multiplies pairs in one instruction. The emulated one tests the code that uses it.
+#if defined(__AVX512BF16__) || defined(HANDTUNED_VECTOR_BYTES)
+inline constexpr bool kMultipliesPairs = true;
+#else
+inline constexpr bool kMultipliesPairs = false;
+#endif
+
+// sum + a * b
+HT_INLINE f32 multiply_add(f32 a, f32 b, f32 sum) { return sum + a * b; }
+HT_INLINE f64 multiply_add(f64 a, f64 b, f64 sum) { return sum + a * b; }
+// sum + a.first * b.first + a.second * b.second
+HT_INLINE f32 multiply_add(u32 a, u32 b, f32 sum) {
+#if defined(HT_AVX512) && defined(__AVX512BF16__)
+  return (f32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + first_of(a) * first_of(b) + second_of(a) * second_of(b);
+#endif
+}
+
 // ---- memory -----------------------------------------------------------------------------------------------------
 
 HT_INLINE f32 load(const float* p) { return load_bits<f32>(p); }
 HT_INLINE f64 load(const double* p) { return load_bits<f64>(p); }
+HT_INLINE u32 load(const pair* p) { return load_bits<u32>(p); }
 HT_INLINE f32 load(const bf16* p) { return widen(p); }
 HT_INLINE f32 load(const f16* p) { return widen(p); }
 
@@ -274,6 +328,21 @@ HT_INLINE void stream_fence() {
 }
 
 // ---- across lanes -----------------------------------------------------------------------------------------------
+
+// Whether some lane is not zero.
+template <class V>
+HT_INLINE bool any(V v) {
+#if defined(HT_AVX512)
+  return _mm512_test_epi32_mask((__m512i)v, (__m512i)v) != 0;
+#elif defined(HT_AVX2)
+  return !_mm256_testz_si256((__m256i)v, (__m256i)v);
+#else
+  const u64 words = (u64)v;
+  uint64_t bits = 0;
+  for (int i = 0; i < kVectorBytes / 8; ++i) bits |= words[i];
+  return bits;
+#endif
+}
 
 // Sum of all lanes: halves are added until one lane is left, so the order is fixed.
 HT_INLINE float sum_lanes(float __attribute__((vector_size(16))) v) { return (v[0] + v[2]) + (v[1] + v[3]); }

@@ -1,0 +1,139 @@
+// Attention forward of few query rows and many keys, as in decoding: lanes run along the width.
+//
+//   S[j][row]  = K[j] . Q[row]                          (dot products, gemm.h)
+//   O[row][c]  = a O + sum_j P[j][row] V[j][c],  a and P from attention_softmax.h
+// One row to a lane would leave most lanes empty. Keys and values are read once, so memory is the limit: they are
+// converted as they are loaded, in place, row after row. Rows in pages, and values whose width is no whole number of
+// vectors, are gathered block by block.
+#pragma once
+#include "attention_softmax.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+// The rows left of one tile and one chunk of keys. T: the tensors' type.
+template <class T>
+class RowsPiece {
+  using A = Accumulate<T>;
+  static constexpr int W = kPanel<A>, L = kLanes<A>, kMost = L / 2;
+
+ public:
+  static bool suits(const Attention& p, int64_t rows) {
+    return 0 < rows && rows <= kMost && p.key_rows >= 2 * kKeyBlock;
+  }
+
+  RowsPiece(const AttentionForward& p, int64_t b, int64_t kv_head, int64_t first_row, KeyRange chunk)
+      : p_(p), e_(attention_entry(p, b)), b_(b), kv_head_(kv_head), arena_(bytes(p)) {
+    panel_ = make_panel<A>(p, e_, b, kv_head, first_row, p.heads / p.kv_heads * e_.query_rows);
+    softmax_.start(p, panel_, chunk.begin == 0);
+    keys_ = {most(panel_.any.begin, chunk.begin), least(panel_.any.end, chunk.end)};
+    const int64_t pitch = padded<A>(p.width), value_pitch = padded<A>(p.value_width);
+    query_ = arena_.template take<A>(kMost * pitch);
+    out_ = arena_.template take<A>(kMost * value_pitch);
+    scores_ = arena_.template take<A>(kKeyBlock * L);
+    bias_ = arena_.template take<A>(kKeyBlock * W);
+    factor_ = arena_.template take<A>(kKeyBlock * W);
+    factor_row_ = arena_.template take<A>(kKeyBlock * W);
+    key_scratch_ = arena_.template take<T>(kKeyBlock * pitch);
+    value_scratch_ = arena_.template take<T>(kKeyBlock * value_pitch);
+    __builtin_memset(query_, 0, kMost * pitch * sizeof(A));
+    __builtin_memset(out_, 0, kMost * value_pitch * sizeof(A));
+    __builtin_memset(scores_, 0, kKeyBlock * L * sizeof(A));  // lanes that no product writes
+    for (int row = 0; row < panel_.rows; ++row) {
+      auto* from = static_cast<const T*>(query_row(p, p.query, e_, b, panel_.head[row], panel_.query[row]));
+      for (int64_t c = 0; c < p.width; c += L)
+        store(query_ + row * pitch + c, load_first(from + c, p.width - c) * A(p.scale));
+    }
+  }
+
+  void run() {
+    for (int64_t first = keys_.begin / kKeyBlock * kKeyBlock; first < keys_.end; first += kKeyBlock) {
+      const PanelBlock part = visible_part(p_, panel_, first, least(kKeyBlock, keys_.end - first));
+      if (part.n <= 0) continue;
+      const bool hides = p_.mask.data || part.partial;
+      const bool guarded = hides && !all_finite<A>(p_, p_.value, e_, b_, kv_head_, part.first, part.n, p_.value_width);
+      add_block(part, guarded);
+    }
+  }
+
+  // out = O / l, lse = m + ln(l)
+  void write() {
+    alignas(64) A lse[W], inverse[W];
+    finish_softmax(softmax_, 1, lse, inverse);
+    for (int row = 0; row < panel_.rows; ++row) {
+      const int64_t h = panel_.head[row], q = panel_.query[row];
+      write_row(p_.dtype, query_row(p_, p_.output, e_, b_, h, q), p_.value_width,
+                out_ + row * padded<A>(p_.value_width), inverse[row]);
+      static_cast<A*>(p_.lse)[lse_index(p_, e_, b_, h, q)] = lse[row];
+    }
+  }
+
+  // The same unfinished: O [padded value_width], m, l of each row, rows `pitch` apart.
+  void write_partial(A* partial, int64_t pitch) {
+    for (int row = 0; row < panel_.rows; ++row, partial += pitch) {
+      __builtin_memcpy(partial, out_ + row * (pitch - 2), (pitch - 2) * sizeof(A));
+      partial[pitch - 2] = softmax_.max[row];
+      partial[pitch - 1] = softmax_.sum[row];
+    }
+  }
+
+ private:
+  static size_t bytes(const Attention& p) {
+    const int64_t pitch = padded<A>(p.width), value_pitch = padded<A>(p.value_width);
+    return Arena::bytes_of<A>(kMost * pitch) + Arena::bytes_of<A>(kMost * value_pitch) +
+           Arena::bytes_of<A>(kKeyBlock * L) + 3 * Arena::bytes_of<A>(kKeyBlock * W) +
+           Arena::bytes_of<T>(kKeyBlock * pitch) + Arena::bytes_of<T>(kKeyBlock * value_pitch);
+  }
+
+  Broadcast<T> rows(const AttentionTensor& t, int64_t first, int64_t n, int64_t width, bool in_place, T* scratch) {
+    if (in_place) return {static_cast<const T*>(key_row(p_, t, e_, b_, kv_head_, first)), t.row, 1};
+    const int64_t pitch = padded<A>(width);
+    for (int64_t j = 0; j < n; ++j) {
+      __builtin_memset(scratch + j * pitch + pitch - L, 0, L * sizeof(T));
+      __builtin_memcpy(scratch + j * pitch, key_row(p_, t, e_, b_, kv_head_, first + j), width * sizeof(T));
+    }
+    return {scratch, pitch, 1};
+  }
+
+  void add_block(PanelBlock part, bool guarded) {
+    const int64_t pitch = padded<A>(p_.width), value_pitch = padded<A>(p_.value_width);
+    const auto keys = rows(p_.key, part.first, part.n, p_.width, !p_.pages, key_scratch_);
+    dots(panel_.rows)(part.n, keys, query_, pitch, p_.width, scores_, L);
+    finish_scores(p_, panel_, b_, part, A(1), scores_, L, bias_, static_cast<A*>(nullptr));
+    const A* keep = nullptr;
+    if (p_.dropout.p > 0) {
+      load_dropout(p_, e_, panel_, b_, part.first, part.n, factor_, factor_row_);
+      keep = factor_;
+    }
+    alignas(64) A scale[W];
+    softmax_block<A>(1, softmax_, part.n, scores_, L, keep, scale);
+    for (int row = 0; row < panel_.rows; ++row)
+      for (int64_t c = 0; c < value_pitch; c += L)
+        store(out_ + row * value_pitch + c, load(out_ + row * value_pitch + c) * scale[row]);
+    const bool in_place = !p_.pages && p_.value_width % L == 0;
+    const auto values = rows(p_.value, part.first, part.n, p_.value_width, in_place, value_scratch_);
+    auto add = guarded ? &multiply_visible<A, true, T> : &multiply<A, true, T>;
+    add(panel_.rows, value_pitch / L, {scores_, 1, L}, values.data, values.row, part.n, out_, value_pitch);
+  }
+
+  static auto dots(int rows) {
+    if constexpr (L >= 16)
+      if (rows > 4) return &multiply_dots<A, 8, T>;
+    if constexpr (L >= 8)
+      if (rows > 2) return &multiply_dots<A, 4, T>;
+    if constexpr (L >= 4)
+      if (rows > 1) return &multiply_dots<A, 2, T>;
+    return &multiply_dots<A, 1, T>;
+  }
+
+  const AttentionForward& p_;
+  AttentionEntry e_;
+  int64_t b_, kv_head_;
+  Arena arena_;
+  Panel<A> panel_;
+  Running<A> softmax_;
+  KeyRange keys_;
+  A *query_, *out_, *scores_, *bias_, *factor_, *factor_row_;  // Q [kMost][padded width], O [row][padded value_width]
+  T *key_scratch_, *value_scratch_;
+};
+
+}  // namespace handtuned::HANDTUNED_ISA
