@@ -103,6 +103,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return kernels().isa; });
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"));
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 256, py::call_guard<py::gil_scoped_release>());
-  m.def("multiply_add_rate", &multiply_add_rate, py::arg("of_bf16") = false,
-        py::call_guard<py::gil_scoped_release>());
+  m.def("multiply_add_rate", &multiply_add_rate, py::arg("of_bf16") = false, py::call_guard<py::gil_scoped_release>());
 }

@@ -7,8 +7,8 @@
 // Plan: a piece is (batch, kv head, chunk of keys) and owns dK and dV of its chunk, in float scratch that stays in L2.
 // Tiles of 64 query rows pass outside, blocks of 128 keys inside; P and dS of a block stand as [key][64 rows], so that
 // dK and dV contract over the whole tile at once. dQ of one tile and one chunk is finished in one go: with one chunk it
-// is the result, else the chunks' dQ are added in order. Shapes alone decide the number of chunks, at most 8, so the
-// scratch grows with the length of the sequences and not with its square.
+// is the result, else the chunks' dQ are added in order. Shapes alone decide the number of chunks, about 8 at most, so
+// the scratch grows with the length of the sequences and not with its square.
 #pragma once
 #include "attention_mask.h"
 #include "attention_tile.h"
@@ -22,8 +22,8 @@ struct BackwardCut {
     tiles = (p.heads / p.kv_heads * p.query_rows + kAttentionTile - 1) / kAttentionTile;
     const int64_t heads = most(1, p.batch * p.kv_heads), wanted = least((kPieces + heads - 1) / heads, 8);
     // Dropout factors come in blocks of kKeyBlock keys; fewer than 64 keys are not worth packing a tile for.
-    const int64_t unit = p.dropout.p > 0 ? kKeyBlock : 64, cut = wanted * unit;
-    chunk_keys = most(1, (p.key_rows + cut - 1) / cut) * unit;
+    const int64_t unit = p.dropout.p > 0 ? kKeyBlock : 64;
+    chunk_keys = most(1, p.key_rows / (wanted * unit)) * unit;
     chunks = most(1, (p.key_rows + chunk_keys - 1) / chunk_keys);
   }
 };

@@ -21,7 +21,7 @@ inline constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
 // Rows of C in registers beside MV vectors of columns: 32 registers with AVX-512, else 16.
 template <int MV>
-inline constexpr int kBlockRows = (kVectorBytes == 64 ? 24 : 12) / (MV == 1 ? 2 : MV);
+inline constexpr int kBlockRows = MV == 1 ? (kVectorBytes == 64 ? 16 : 8) : (kVectorBytes == 64 ? 24 : 12) / MV;
 
 // B: element [i][k] at data[i * row + k * step].
 template <class E>
@@ -38,25 +38,25 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
   vec<A> sum[NR][MV];
 #pragma GCC unroll 24
   for (int i = 0; i < NR; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < MV; ++v) sum[i][v] = vec<A>{};
   }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vec<E> column[MV];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < MV; ++v) column[v] = load(a + k * a_step + v * L);
 #pragma GCC unroll 24
     for (int i = 0; i < NR; ++i) {
       // C[i][v] += B[i][k] * A[k][v]
       vec<E> element = broadcast(b.data[i * b.row + k * b.step]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < MV; ++v) sum[i][v] = multiply_add(element, column[v], sum[i][v]);
     }
   }
 #pragma GCC unroll 24
   for (int i = 0; i < NR; ++i) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < MV; ++v) {
       A* to = c + i * c_row + v * L;
       store(to, Add ? load(to) + sum[i][v] : sum[i][v]);  // depth is summed on its own, then added: less rounding
@@ -95,11 +95,11 @@ inline void multiply(int64_t rows, int64_t vectors, Broadcast<E> b, const T* a, 
 // Dot products for few rows of A, where lanes along rows would stand empty: lanes run along the width, and L sums at a
 // time, of R rows with L / R rows of B, are added up by one transposition.
 //   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C's rows c_row apart
-// B's rows come from memory, once, so they are read whole, one after the other.
+// B's rows come from memory, once, so they are read whole, one after the other, and asked for kAhead bytes before.
 template <class A, int R, class T>
 __attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width, A* c,
                                              int64_t c_row) {
-  constexpr int L = kLanes<A>, K = L / R;
+  constexpr int L = kLanes<A>, K = L / R, kAhead = 16384;
   const int64_t whole = width / L * L;
   for (int64_t j = 0; j < n; j += K) {
     vec<A> sum[L];
@@ -111,8 +111,10 @@ __attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A*
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) own[r] += element * load(a + r * pitch + k);
       };
-#pragma GCC unroll 2
-      for (int64_t k = 0; k < whole; k += L) add(load(row + k), k);
+      for (int64_t k = 0; k < whole; k += L) {
+        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead);
+        add(load(row + k), k);
+      }
       if (whole < width) add(load_first(row + whole, width - whole), whole);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) sum[i * R + r] = own[r];

@@ -10,8 +10,14 @@ namespace handtuned::HANDTUNED_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    HANDTUNED_ISA_NAME, kVectorBytes,        &norm_forward, &norm_backward,
-    &attention_forward, &attention_backward, &copy,         &multiply_add<float>,
+    HANDTUNED_ISA_NAME,
+    kVectorBytes,
+    &norm_forward,
+    &norm_backward,
+    &attention_forward,
+    &attention_backward,
+    &copy,
+    &multiply_add<float>,
     kMultipliesPairs ? &multiply_add<pair> : nullptr,
 };
 
