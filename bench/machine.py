@@ -76,8 +76,8 @@ def read_bandwidth(quick: bool) -> float:
     return buffer.numel() * buffer.itemsize / best
 
 
-def multiply_add_rate(of_bf16: bool) -> float:
-    """Operations per second of all threads, each a multiply-add chain in registers: of float32, or bf16's own if any."""
+def multiply_add_rate(*, of_bf16: bool) -> float:
+    """Operations per second of all threads on multiply-adds in registers, of float32 or, where there are some, bf16."""
     import torch
 
     from handtuned import _C
@@ -89,7 +89,8 @@ def multiply_add_rate(of_bf16: bool) -> float:
 
 def limits(quick: bool) -> dict[str, float]:
     """The keys of LIMITS, in bytes or operations per second."""
-    return {"copy": copy_bandwidth(quick), "read": read_bandwidth(quick), "FMA": multiply_add_rate(False), "dot": multiply_add_rate(True)}
+    rates = {"FMA": multiply_add_rate(of_bf16=False), "dot": multiply_add_rate(of_bf16=True)}
+    return {"copy": copy_bandwidth(quick), "read": read_bandwidth(quick), **rates}
 
 
 def facts(limits: dict[str, float], other_cores: float) -> dict[str, Any]:

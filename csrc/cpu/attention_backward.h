@@ -107,7 +107,7 @@ class BackwardPiece {
     auto add_lanes = guarded ? &multiply_visible<E, false> : &multiply<E, true>;
     for (int i = 0; i < tile_.panels; ++i) {
       const PanelBlock part = visible_part(p_, tile_.panel[i], first, n);
-      if (part.n <= 0) continue;
+      if (!tile_.seen[i]) continue;
       const int64_t skipped = part.first - first;
       add_lanes(p_.width, tile_.panel[i].vectors, skip_columns(columns, skipped),
                 tile_.grad_by_key + skipped / kPack<E> * Tile::kRows + i * W, Tile::kRows, elements<E>(part.n),

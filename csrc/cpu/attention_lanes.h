@@ -47,8 +47,8 @@ class LanesPiece {
       const int64_t n = least(kKeyBlock, keys_.end - first);
       const auto keys = key_block<E>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, key_scratch_);
       const auto values = key_columns<E>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width, value_scratch_);
-      bool hides = p_.mask.data;
-      for (int i = 0; i < panels_; ++i) hides |= visible_part(p_, panel_[i], first, n).partial;
+      bool hides = false;
+      for (int i = 0; i < panels_; ++i) hides |= panel_[i].masked || visible_part(p_, panel_[i], first, n).partial;
       const bool guarded = hides && !all_finite<A>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width);
       for (int i = 0; i < panels_; ++i) {
         const PanelBlock part = visible_part(p_, panel_[i], first, n);
@@ -115,8 +115,9 @@ class LanesPiece {
 
   void add_block(int i, PanelBlock part, Broadcast<E> keys, Broadcast<E> values, bool guarded) {
     const Panel<A>& panel = panel_[i];
+    if (!load_bias(p_, panel, b_, part, bias_)) return;
     multiply_width(part.n, panel.vectors, keys, query_[i], p_.width, scores_, W);
-    finish_scores(p_, panel, b_, part, scale_.rest, scores_, W, bias_, static_cast<A*>(nullptr));
+    finish_scores(p_, panel, part, scale_.rest, scores_, W, bias_, static_cast<A*>(nullptr));
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
       load_dropout(p_, e_, panel, b_, part.first, part.n, factor_, factor_row_);

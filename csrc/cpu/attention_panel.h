@@ -43,6 +43,14 @@ inline bool is_small(const Attention& p) {
   return products * double(p.width + p.value_width) < kSmallFlops;
 }
 
+// Only rows of tensors know of 16 bits: everything between is float, or double for double tensors.
+template <class A, class Use>
+HT_INLINE void with_type(DType dtype, Use use) {
+  if constexpr (std::is_same_v<A, double>) return use(static_cast<double*>(nullptr));
+  if (dtype == DType::f32) return use(static_cast<float*>(nullptr));
+  dtype == DType::bf16 ? use(static_cast<bf16*>(nullptr)) : use(static_cast<f16*>(nullptr));
+}
+
 // What is known of each lane. Lanes past `rows` see no key.
 template <class A>
 struct Panel {
@@ -52,7 +60,62 @@ struct Panel {
   alignas(64) A centre[W], slope[W];                             // of ALiBi alone: position among the keys, slope
   alignas(64) ints<A> begin[kPanelVectors], end[kPanelVectors];  // visible keys by window and length
   KeyRange any, all;                                             // keys that some row sees, keys that all see
+  bool masked;                                                   // whether the mask says more than these
 };
+
+// Runs use(data) on the elements of a mask of any type.
+template <class A, class Use>
+HT_INLINE void with_mask(const AttentionMask& m, Use use) {
+  if (m.boolean) return use(static_cast<const boolean*>(m.data));
+  with_type<A>(m.dtype, [&](auto* type) HT_LAMBDA {
+    using M = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<Accumulate<M>, A>) use(static_cast<const M*>(m.data));
+  });
+}
+
+// What one row of a mask leaves to see: keys of `range`, all of them and unchanged if `plain`. Most padding masks are
+// plain, so lengths by another name.
+struct KeyPadding {
+  KeyRange range;
+  bool plain;
+};
+
+template <class A, class M>
+inline KeyPadding key_padding(const M* mask, int64_t step, int64_t keys) {
+  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  constexpr int L = kLanes<A>;
+  ints<A> lane{}, first = lane + Index(keys), end{}, count{}, changed{};
+  for (int i = 0; i < L; ++i) lane[i] = i;
+  for (int64_t j = 0; j < keys; j += L) {
+    const M* row = mask + j;
+    M near[L];
+    if (step != 1 || j + L > keys) {
+      for (int i = 0; i < L; ++i) near[i] = mask[least(j + i, keys - 1) * step];
+      row = near;
+    }
+    // seen = mask[key] > -infinity
+    const vec<A> bias = load_bias(row, A());
+    const ints<A> key = lane + Index(j), seen = (bias != -A(__builtin_inf())) & (key < Index(keys));
+    first = seen & (key < first) ? key : first;
+    end = seen ? key + Index(1) : end;
+    count -= seen;
+    changed |= seen & (bias != A(0));
+  }
+  KeyPadding found{{keys, 0}, !any(changed)};
+  int64_t total = 0;
+  for (int i = 0; i < L; ++i) {
+    found.range = {least(found.range.begin, first[i]), most(found.range.end, end[i])};
+    total += count[i];
+  }
+  found.plain &= total == most(0, found.range.end - found.range.begin);
+  return found;
+}
+
+// Whether one row of the mask holds for all rows of a panel.
+template <class A>
+HT_INLINE bool one_mask_row(const AttentionMask& m, const Panel<A>& panel) {
+  return m.data && m.row == 0 && (m.head == 0 || panel.head[0] == panel.head[panel.rows - 1]);
+}
 
 // Of rows [first, end) of (b, kv head), as many as fit.
 template <class A>
@@ -72,9 +135,16 @@ inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t 
   panel.any = {e.key_rows, 0};
   panel.all = {0, e.key_rows};
   const bool same = p.window_left < 0 && p.window_right < 0;
+  KeyPadding padding{{0, e.key_rows}, !p.mask.data};
+  if (one_mask_row(p.mask, panel))
+    with_mask<A>(p.mask, [&](auto* data) {
+      padding = key_padding<A>(data + b * p.mask.batch + h * p.mask.head, p.mask.key, e.key_rows);
+    });
+  panel.masked = !padding.plain;
   alignas(64) int64_t begin[W] = {}, stop[W] = {};
   for (int lane = 0; lane < panel.rows; ++lane) {
-    const KeyRange seen = same ? KeyRange{0, e.key_rows} : visible_keys(p, e, panel.query[lane]);
+    KeyRange seen = same ? KeyRange{0, e.key_rows} : visible_keys(p, e, panel.query[lane]);
+    seen = {most(seen.begin, padding.range.begin), least(seen.end, padding.range.end)};
     if (seen.begin < seen.end) panel.any = {least(panel.any.begin, seen.begin), most(panel.any.end, seen.end)};
     panel.all = {most(panel.all.begin, seen.begin), least(panel.all.end, seen.end)};
     begin[lane] = seen.begin, stop[lane] = seen.end;
@@ -90,14 +160,6 @@ inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t 
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------
-
-// Only rows of tensors know of 16 bits: everything between is float, or double for double tensors.
-template <class A, class Use>
-HT_INLINE void with_type(DType dtype, Use use) {
-  if constexpr (std::is_same_v<A, double>) return use(static_cast<double*>(nullptr));
-  if (dtype == DType::f32) return use(static_cast<float*>(nullptr));
-  dtype == DType::bf16 ? use(static_cast<bf16*>(nullptr)) : use(static_cast<f16*>(nullptr));
-}
 
 // A row of `dtype` as A: in place where it is that already, else converted into `to` [padded(width)].
 template <class A>
@@ -286,124 +348,6 @@ template <class A>
 inline bool all_finite(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
                        int64_t kv_head, int64_t first, int64_t n, int64_t width) {
   return all_finite<A>(p.dtype, n, width, [&](int64_t j) { return key_row(p, t, e, b, kv_head, first + j); });
-}
-
-// ---- scores -----------------------------------------------------------------------------------------------------
-
-// bias[j][lane] = the mask of (lane's query, key first + j): what is added to the score, -infinity to hide.
-template <class M, class A>
-inline void load_mask(const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n, A* bias) {
-  constexpr int W = Panel<A>::W, L = Panel<A>::L;
-  auto keys_of = [&](int lane, int64_t j, int64_t count) {
-    const M* row = static_cast<const M*>(m.data) + b * m.batch + panel.head[lane] * m.head + panel.query[lane] * m.row +
-                   (first + j) * m.key;
-    M near[L] = {};
-    if (m.key != 1 || count < L) {
-      for (int64_t i = 0; i < count; ++i) near[i] = row[i * m.key];
-      row = near;
-    }
-    return load_bias(row, A());
-  };
-  if (m.row == 0 && (m.head == 0 || panel.head[0] == panel.head[panel.rows - 1])) {  // one row for all lanes
-    for (int64_t j = 0; j < n; j += L) {
-      const vec<A> keys = keys_of(0, j, least(L, n - j));
-      for (int64_t i = 0; i < least(L, n - j); ++i)
-        for (int v = 0; v < panel.vectors; ++v) store(bias + (j + i) * W + v * L, broadcast(A(keys[i])));
-    }
-  } else {
-    pack_transposed(n, panel.rows, panel.vectors, bias, keys_of);
-  }
-}
-
-template <class A>
-inline void load_mask_of_any_type(const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n,
-                                  A* bias) {
-  if (m.boolean) return load_mask<boolean>(m, panel, b, first, n, bias);
-  with_type<A>(m.dtype, [&](auto* type) {
-    using M = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<Accumulate<M>, A>) load_mask<M>(m, panel, b, first, n, bias);
-  });
-}
-
-// What p.dropout multiplies the weights of the block with, transposed like the scores. row: scratch [W][kKeyBlock].
-template <class A>
-inline void load_dropout(const Attention& p, const AttentionEntry& e, const Panel<A>& panel, int64_t b, int64_t first,
-                         int64_t n, A* factor, A* row) {
-  for (int lane = 0; lane < panel.rows; ++lane)
-    dropout_row<false>(row + lane * kKeyBlock, n, lse_index(p, e, b, panel.head[lane], panel.query[lane]), p.dropout,
-                       first);
-  pack_transposed(n, panel.rows, panel.vectors, factor,
-                  [&](int lane, int64_t j, int64_t) { return load(row + lane * kKeyBlock + j); });
-}
-
-// The part of a block that a panel works on: keys [first, first + n), and whether some row does not see some of them.
-struct PanelBlock {
-  int64_t first, n;
-  bool partial;
-};
-
-// Dropout factors come in whole blocks, so with dropout the part begins where the block does. It begins at an even key:
-// two make a pair.
-template <class A>
-HT_INLINE PanelBlock visible_part(const Attention& p, const Panel<A>& panel, int64_t first, int64_t n) {
-  const int64_t begin = p.dropout.p > 0 ? first : most(first, panel.any.begin) & ~int64_t(1);
-  const int64_t end = least(first + n, panel.any.end);
-  return {begin, panel.any.begin < first + n ? end - begin : 0, begin < panel.all.begin || end > panel.all.end};
-}
-
-// Turns the products scale / rest * q.k in s[j][lane] into scores. Keys that a row does not see get -infinity. bias:
-// scratch [kKeyBlock][W]. derivative [kKeyBlock][W], if given, gets that of the softcap.
-//   s = rest * s;  s = softcap * tanh(s / softcap);  s += mask;  s -= slope * |centre - j|
-template <class A>
-inline void finish_scores(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A rest, A* s,
-                          int64_t pitch, A* bias, A* derivative) {
-  using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
-  constexpr int W = Panel<A>::W, L = Panel<A>::L;
-  const A hidden = -A(__builtin_inf());
-  auto each = [&](auto change) HT_LAMBDA {
-    for (int64_t j = 0; j < block.n; ++j)
-      for (int v = 0; v < panel.vectors; ++v) store(s + j * pitch + v * L, change(load(s + j * pitch + v * L), j, v));
-  };
-  if (rest != 1) each([&](vec<A> x, int64_t, int) HT_LAMBDA { return x * rest; });
-  if (p.softcap > 0) {
-    const A cap = A(p.softcap), inverse = A(1 / p.softcap);
-    each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
-      vec<A> t = tanh(x * inverse);
-      if (derivative) store(derivative + j * W + v * L, A(1) - t * t);
-      return cap * t;
-    });
-  }
-  if (p.mask.data) {
-    load_mask_of_any_type(p.mask, panel, b, block.first, block.n, bias);
-    each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
-      vec<A> m = load(bias + j * W + v * L);
-      return m == hidden ? m : x + m;  // NaN of a hidden key goes no further
-    });
-  }
-  if (p.slopes) {
-    each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
-      return x - load(panel.slope + v * L) * absolute(load(panel.centre + v * L) - A(block.first + j));
-    });
-  }
-  if (block.partial) {
-    each([&](vec<A> x, int64_t j, int v) HT_LAMBDA {
-      const ints<A> key = ints<A>{} + Index(block.first + j);
-      return (panel.begin[v] <= key) & (key < panel.end[v]) ? x : broadcast(hidden);
-    });
-  }
-}
-
-// S[j][lane] = K[j] . Q^T over the width, of floats in stretches whose sums are rounded on their own.
-template <class E>
-HT_INLINE void multiply_width(int64_t n, int vectors, Broadcast<E> rows, const E* transposed, int64_t width,
-                              Accumulate<E>* s, int64_t pitch) {
-  constexpr int W = kPanel<Accumulate<E>>;
-  const int64_t depth = elements<E>(width), stretch = kPack<E> == 1 ? 128 : depth;
-  multiply<E, false>(n, vectors, rows, transposed, W, least(depth, stretch), s, pitch);
-  for (int64_t c = stretch; c < depth; c += stretch) {
-    rows.data += stretch;
-    multiply<E, true>(n, vectors, rows, transposed + c * W, W, least(depth - c, stretch), s, pitch);
-  }
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

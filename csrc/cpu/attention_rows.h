@@ -49,7 +49,7 @@ class RowsPiece {
     for (int64_t first = keys_.begin / kKeyBlock * kKeyBlock; first < keys_.end; first += kKeyBlock) {
       const PanelBlock part = visible_part(p_, panel_, first, least(kKeyBlock, keys_.end - first));
       if (part.n <= 0) continue;
-      const bool hides = p_.mask.data || part.partial;
+      const bool hides = panel_.masked || part.partial;
       const bool guarded = hides && !all_finite<A>(p_, p_.value, e_, b_, kv_head_, part.first, part.n, p_.value_width);
       add_block(part, guarded);
     }
@@ -95,10 +95,11 @@ class RowsPiece {
   }
 
   void add_block(PanelBlock part, bool guarded) {
+    if (!load_bias(p_, panel_, b_, part, bias_)) return;
     const int64_t pitch = padded<A>(p_.width), value_pitch = padded<A>(p_.value_width);
     const auto keys = rows(p_.key, part.first, part.n, p_.width, !p_.pages, key_scratch_);
     dots(panel_.rows)(part.n, keys, query_, pitch, p_.width, scores_, L);
-    finish_scores(p_, panel_, b_, part, A(1), scores_, L, bias_, static_cast<A*>(nullptr));
+    finish_scores(p_, panel_, part, A(1), scores_, L, bias_, static_cast<A*>(nullptr));
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
       load_dropout(p_, e_, panel_, b_, part.first, part.n, factor_, factor_row_);

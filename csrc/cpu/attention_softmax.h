@@ -2,7 +2,7 @@
 //
 //   m' = max(m, max_j S),   P = e^(S - m'),   a = e^(m - m'),   l = a l + sum_j P
 #pragma once
-#include "attention_panel.h"
+#include "attention_scores.h"
 
 namespace handtuned::HANDTUNED_ISA {
 

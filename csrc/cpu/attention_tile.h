@@ -5,7 +5,7 @@
 // for one block of keys at a time. P * keep and dS stand as [key][64 rows], for the products that sum over rows; for
 // dQ, which sums over keys, dS of floats is the same and of pairs has a second form, two keys to a pair.
 #pragma once
-#include "attention_panel.h"
+#include "attention_scores.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -62,13 +62,14 @@ class BackwardTile {
   // dropped (P * keep), score_grad and grad_by_key (dS) of keys [first, first + n), zero where not visible. Returns
   // whether a row does not see some of them.
   bool scores(int64_t first, int64_t n, Broadcast<E> keys, Broadcast<E> values) {
-    bool hides = p_.mask.data;
+    bool hides = false;
     for (int i = 0; i < panels; ++i) {
       const PanelBlock part = visible_part(p_, panel[i], first, n);
-      hides |= part.partial;
-      if (part.n < n)
-        for (E* block : {dropped, score_grad}) clear(block + i * W / kPack<E>, part, first, n);
-      if (part.n > 0) panel_scores(i, part, part.first - first, keys, values);
+      hides |= panel[i].masked || part.partial;
+      seen[i] = part.n > 0 && load_bias(p_, panel[i], b_, part, bias_);
+      if (part.n < n || !seen[i])
+        for (E* block : {dropped, score_grad}) clear(block + i * W / kPack<E>, seen[i] ? part : PanelBlock{}, first, n);
+      if (seen[i]) panel_scores(i, part, part.first - first, keys, values);
     }
     return hides;
   }
@@ -80,6 +81,7 @@ class BackwardTile {
   bool finite;
   Scale<E> scale;  // query and query_t have its power
   Panel<A> panel[kPanels];
+  bool seen[kPanels];       // whether a panel sees anything of the block that scores() was last given
   E *query_t, *grad_t;      // [panel][elements(width)][W], [panel][elements(value_width)][W]
   E *query, *grad;          // [elements(64)][padded width]
   E *dropped, *score_grad;  // [kBackwardBlock][elements(64)]
@@ -149,7 +151,7 @@ class BackwardTile {
     multiply_width(part.n, own.vectors, skip_rows(keys, skipped), query_t + i * p_.width * W, p_.width, s, pitch);
     multiply_width(part.n, own.vectors, skip_rows(values, skipped), grad_t + i * p_.value_width * W, p_.value_width, ds,
                    pitch);
-    finish_scores(p_, own, b_, part, scale.rest, s, pitch, bias_, derivative_);
+    finish_scores(p_, own, part, scale.rest, s, pitch, bias_, derivative_);
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
       const int64_t aligned = part.first / kKeyBlock * kKeyBlock, ahead = part.first - aligned;

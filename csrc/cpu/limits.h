@@ -27,7 +27,8 @@ double multiply_add(int64_t iterations) {
   constexpr int kChains = 12;
   vec<E> a{}, b{};
   f32 sum[kChains] = {};
-  HT_KEEP_IN_REGISTER(a);  // not to be known as 0
+  HT_KEEP_IN_REGISTER(a);  // neither may be known as 0
+  HT_KEEP_IN_REGISTER(b);
   for (int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 12
     for (int j = 0; j < kChains; ++j) {
