@@ -64,28 +64,48 @@ void with_piece(const AttentionForward& p, int64_t b, int64_t kv_head, int64_t f
   });
 }
 
+// Which piece of work is the i-th. Head by head, so that its keys and values stay in the cache for all its tiles. The last
+// tiles have the most work under a causal window, so they come first.
+struct ForwardPiece {
+  int64_t head, tile, chunk;
+  ForwardPiece(const ForwardCut& cut, int64_t i)
+      : head(i / cut.chunks / cut.tiles), tile(cut.tiles - 1 - i / cut.chunks % cut.tiles), chunk(i % cut.chunks) {}
+};
+
+// Asks for what a piece will read first: its queries and, where it is the first of its head, keys and values.
+inline void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int64_t i) {
+  const ForwardPiece piece(cut, i);
+  const int64_t b = piece.head / p.kv_heads, kv_head = piece.head % p.kv_heads, group = p.heads / p.kv_heads;
+  const AttentionEntry e = attention_entry(p, b);
+  const int64_t first = piece.tile * kAttentionTile, end = least(first + kAttentionTile, group * e.query_rows);
+  for (int64_t flat = first; flat < end; ++flat)
+    prefetch_row(query_row(p, p.query, e, b, kv_head * group + flat / e.query_rows, flat % e.query_rows),
+                 p.width * bytes_of(p.dtype));
+  if (piece.tile < cut.tiles - 1 || piece.chunk > 0) return;
+  prefetch_rows(p, p.key, e, b, kv_head, 0, least(kKeyBlock, e.key_rows), p.width);
+  prefetch_rows(p, p.value, e, b, kv_head, 0, least(kKeyBlock, e.key_rows), p.value_width);
+}
+
 template <class E>
 void attention_forward_in(const AttentionForward& p) {
   using A = Accumulate<E>;
   const ForwardCut cut(p);
-  const bool serial = is_small(p);
   const int64_t pitch = padded<A>(p.value_width) + 2, tile_pitch = kAttentionTile * pitch;
   const int64_t heads = p.batch * p.kv_heads;
   Scratch<A> partials(cut.chunks > 1 ? heads * cut.tiles * cut.chunks * tile_pitch : 0);
-  // Head by head, so that its keys and values stay in the cache for all its tiles. The last tiles have the most work
-  // under a causal window, so they come first.
-  parallel_pieces(heads * cut.tiles * cut.chunks, serial, [&](int64_t piece) {
-    const int64_t chunk = piece % cut.chunks, head = piece / cut.chunks / cut.tiles;
-    const int64_t tile = cut.tiles - 1 - piece / cut.chunks % cut.tiles;
+  const int64_t pieces = heads * cut.tiles * cut.chunks;
+  parallel_pieces(pieces, run_of(p, pieces), [&](int64_t i) {
+    const auto [head, tile, chunk] = ForwardPiece(cut, i);
     const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
     A* partial = partials.data + ((head * cut.tiles + tile) * cut.chunks + chunk) * tile_pitch;
+    if (i + 1 < pieces) prefetch_piece(p, cut, i + 1);
     with_piece<E>(p, head / p.kv_heads, head % p.kv_heads, tile * kAttentionTile, keys, [&](auto& work) {
       work.run();
       cut.chunks == 1 ? work.write() : work.write_partial(partial, pitch);
     });
   });
   if (cut.chunks == 1) return;
-  parallel_pieces(heads, serial, [&](int64_t head) {
+  parallel_pieces(heads, run_of(p, heads), [&](int64_t head) {
     const int64_t rows = p.heads / p.kv_heads * attention_entry(p, head / p.kv_heads).query_rows;
     for (int64_t flat = 0; flat < rows; ++flat) {
       const int64_t tile = flat / kAttentionTile, row = flat % kAttentionTile;

@@ -149,7 +149,7 @@ class BackwardPiece {
 // delta = sum_c dO O - dlse, like the lse.
 template <class A>
 void find_delta(const AttentionBackward& p, A* delta) {
-  parallel_pieces(p.batch * p.heads, is_small(p), [&](int64_t piece) {
+  parallel_pieces(p.batch * p.heads, run_of(p, p.batch * p.heads), [&](int64_t piece) {
     const int64_t b = piece / p.heads, h = piece % p.heads;
     const AttentionEntry e = attention_entry(p, b);
     Scratch<A> grad_scratch(padded<A>(p.value_width)), out_scratch(padded<A>(p.value_width));
@@ -168,7 +168,7 @@ void find_delta(const AttentionBackward& p, A* delta) {
 // dsink_h = -sum over rows of exp(sink_h - lse) * delta, in order.
 template <class A>
 void find_grad_sinks(const AttentionBackward& p, const A* delta) {
-  parallel_pieces(p.heads, true, [&](int64_t h) {
+  parallel_pieces(p.heads, p.heads, [&](int64_t h) {
     double sum = 0;
     for (int64_t b = 0; b < p.batch; ++b) {
       const AttentionEntry e = attention_entry(p, b);
@@ -184,7 +184,8 @@ void find_grad_sinks(const AttentionBackward& p, const A* delta) {
 template <class A>
 void add_query_parts(const AttentionBackward& p, const BackwardCut& cut, A* parts) {
   const int64_t rows = cut.tiles * kAttentionTile;
-  parallel_pieces(p.batch * p.kv_heads * cut.tiles, is_small(p), [&](int64_t piece) {
+  const int64_t pieces = p.batch * p.kv_heads * cut.tiles;
+  parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
     const int64_t head = piece / cut.tiles, b = head / p.kv_heads, kv_head = head % p.kv_heads;
     const AttentionEntry e = attention_entry(p, b);
     const int64_t group = p.heads / p.kv_heads, first = piece % cut.tiles * kAttentionTile;
@@ -214,7 +215,7 @@ void attention_backward_in(const AttentionBackward& p) {
     const bool in_parts = cut.chunks > 1 && p.grad_query.data;
     Scratch<A> parts(in_parts ? heads * cut.chunks * rows * p.width : 0);
     // Head by head, as in the forward; under a causal window the first chunks have the most work.
-    parallel_pieces(heads * cut.chunks, is_small(p), [&](int64_t piece) {
+    parallel_pieces(heads * cut.chunks, run_of(p, heads * cut.chunks), [&](int64_t piece) {
       const int64_t head = piece / cut.chunks, chunk = piece % cut.chunks;
       const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
       BackwardPiece<E> work(p, head / p.kv_heads, head % p.kv_heads, keys, delta.data);

@@ -29,6 +29,7 @@ class LanesPiece {
     factor_row_ = arena_.template take<A>(kKeyBlock * W);
     key_scratch_ = arena_.template take<A>(kKeyBlock * padded<A>(p.width));
     value_scratch_ = arena_.template take<A>(kKeyBlock * padded<A>(p.value_width));
+    first_of_head_ = first_row + kAttentionTile >= total;
     keys_ = {chunk.end, chunk.begin};
     for (panels_ = 0; panels_ < kPanels && first_row + panels_ * W < total; ++panels_) {
       Panel<A>& panel = panel_[panels_];
@@ -47,6 +48,7 @@ class LanesPiece {
       const int64_t n = least(kKeyBlock, keys_.end - first);
       const auto keys = key_block<E>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, key_scratch_);
       const auto values = key_columns<E>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width, value_scratch_);
+      if (first_of_head_) prefetch_keys(first + kKeyBlock);
       bool hides = false;
       for (int i = 0; i < panels_; ++i) hides |= panel_[i].masked || visible_part(p_, panel_[i], first, n).partial;
       const bool guarded = hides && !all_finite<A>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width);
@@ -91,6 +93,13 @@ class LanesPiece {
   }
 
  private:
+  // Asks for the block of keys and values at `first`.
+  void prefetch_keys(int64_t first) {
+    const int64_t n = least(kKeyBlock, keys_.end - first);
+    prefetch_rows(p_, p_.key, e_, b_, kv_head_, first, n, p_.width);
+    prefetch_rows(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width);
+  }
+
   static size_t bytes(const Attention& p) {
     return Arena::bytes_of<A>(kPanels * padded<A>(p.width) * W) +
            Arena::bytes_of<A>(kPanels * padded<A>(p.value_width) * W) + 4 * Arena::bytes_of<A>(kKeyBlock * W) +
@@ -142,6 +151,7 @@ class LanesPiece {
   Scale<E> scale_;
   Arena arena_;
   int panels_;
+  bool first_of_head_;       // the tile that is worked on first, so keys and values come from memory
   Panel<A> panel_[kPanels];
   Running<A> softmax_[kPanels];
   const E* query_[kPanels];  // Q^T [elements(width)][W]

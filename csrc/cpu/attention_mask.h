@@ -88,8 +88,8 @@ void find_grad_mask(const AttentionBackward& p, const A* delta) {
   const AttentionMask& m = p.mask;
   const int64_t row_tiles = (m.rows + kAttentionTile - 1) / kAttentionTile;
   const int64_t key_blocks = (m.keys + kBackwardBlock - 1) / kBackwardBlock, tiles = row_tiles * key_blocks;
-  const bool serial = is_small(p);
-  parallel_pieces(m.batches * m.heads * tiles, serial, [&](int64_t piece) {
+  const int64_t pieces = m.batches * m.heads * tiles;
+  parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
     const int64_t batch = piece / tiles / m.heads, head = piece / tiles % m.heads;
     const int64_t row = piece % tiles / key_blocks * kAttentionTile, key = piece % key_blocks * kBackwardBlock;
     MaskPiece<A> work(p, delta);

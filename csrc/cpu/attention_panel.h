@@ -36,11 +36,16 @@ HT_INLINE int64_t elements(int64_t width) {
   return (width + kPack<E> - 1) / kPack<E>;
 }
 
-// Too little work to wake other threads for.
-inline bool is_small(const Attention& p) {
-  constexpr double kSmallFlops = 1 << 19;
-  const double products = 2.0 * double(p.batch * p.heads) * double(p.query_rows) * double(p.key_rows);
-  return products * double(p.width + p.value_width) < kSmallFlops;
+// How many of n pieces a thread takes at a time: all of them where other threads are not worth waking. Neighbours share
+// keys and values or lie side by side in memory, and threads that write side by side hold each other up; so several, as
+// long as kPieces threads find work and the last ones do not wait for long.
+inline int64_t run_of(const Attention& p, int64_t n) {
+  constexpr double kSmallFlops = 1 << 19, kLeastFlops = 1 << 19, kMostFlops = 1 << 24;
+  const double flops = 2.0 * double(p.batch * p.heads) * double(p.query_rows) * double(p.key_rows) *
+                       double(p.width + p.value_width);
+  if (flops < kSmallFlops) return most(1, n);
+  const double each = flops / double(n);
+  return most(1, most(least(n / kPieces, int64_t(kMostFlops / each)), int64_t(kLeastFlops / each)));
 }
 
 // Only rows of tensors know of 16 bits: everything between is float, or double for double tensors.
@@ -245,6 +250,16 @@ HT_INLINE void* key_row(const Attention& p, const AttentionTensor& t, const Atte
   int64_t at = b * t.batch + (e.first_key + row) * t.row;
   if (p.pages) at = p.pages[b * p.max_pages + row / p.page_size] * t.batch + row % p.page_size * t.row;
   return static_cast<char*>(t.data) + (at + head * t.head) * bytes_of(p.dtype);
+}
+
+// Asks for what is needed soon: a row, and rows [first, first + n) of keys or values.
+HT_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
+}
+HT_INLINE void prefetch_rows(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
+                             int64_t kv_head, int64_t first, int64_t n, int64_t width) {
+  for (int64_t j = first; j < first + n; ++j)
+    prefetch_row(key_row(p, t, e, b, kv_head, j), width * bytes_of(p.dtype));
 }
 
 // ---- operands of the products -------------------------------------------------------------------------------------

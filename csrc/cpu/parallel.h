@@ -17,13 +17,14 @@ void parallel_for(int64_t n, int64_t grain, F f) {
   parallel_range(n, grain, [](int64_t begin, int64_t end, void* self) { (*static_cast<F*>(self))(begin, end); }, &f);
 }
 
-// f(i) once for each i in [0, n), in the order of a common counter, so that pieces of unlike cost fill all threads.
-// What f(i) computes may depend on i alone.
+// f(i) once for each i in [0, n), in the order of a common counter, so that pieces of unlike cost fill all threads. A
+// thread takes `run` pieces at a time. What f(i) computes may depend on i alone.
 template <class F>
-void parallel_pieces(int64_t n, bool serial, F f) {
+void parallel_pieces(int64_t n, int64_t run, F f) {
   int64_t next = 0;
-  parallel_for(n, serial ? n : 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(i);
+  parallel_for(n, run, [&](int64_t, int64_t) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, run, __ATOMIC_RELAXED)) < n;)
+      for (const int64_t end = i + run < n ? i + run : n; i < end; ++i) f(i);
   });
 }
 
