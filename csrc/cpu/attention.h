@@ -64,8 +64,8 @@ void with_piece(const AttentionForward& p, int64_t b, int64_t kv_head, int64_t f
   });
 }
 
-// Which piece of work is the i-th. Head by head, so that its keys and values stay in the cache for all its tiles. The last
-// tiles have the most work under a causal window, so they come first.
+// Which piece of work is the i-th. Head by head, so that its keys and values stay in the cache for all its tiles. The
+// last tiles have the most work under a causal window, so they come first.
 struct ForwardPiece {
   int64_t head, tile, chunk;
   ForwardPiece(const ForwardCut& cut, int64_t i)

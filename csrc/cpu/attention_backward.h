@@ -4,11 +4,12 @@
 //   dS = P * (dP * keep - delta), through the derivative of the softcap where there is one
 //   dV[j][c] += sum_lane P keep[j][lane] dO[lane][c]        dK[j][d] += sum_lane dS[j][lane] Q[lane][d],  Q scaled
 //   dQ^T[d][lane] += scale sum_j K[j][d] dS[j][lane]
-// Plan: a piece is (batch, kv head, chunk of keys) and owns dK and dV of its chunk, in float scratch that stays in L2.
-// Tiles of 64 query rows pass outside, blocks of 128 keys inside; P and dS of a block stand as [key][64 rows], so that
-// dK and dV contract over the whole tile at once. dQ of one tile and one chunk is finished in one go: with one chunk it
-// is the result, else the chunks' dQ are added in order. Shapes alone decide the number of chunks, about 8 at most, so
-// the scratch grows with the length of the sequences and not with its square.
+// Plan: a piece is (batch, kv head, run of chunks of keys) and owns dK and dV of its keys, in float scratch that stays
+// in L2. Tiles of 64 query rows pass outside, blocks of 128 keys inside; P and dS of a block stand as [key][64 rows],
+// so that dK and dV contract over the whole tile at once. Each chunk makes its own dQ^T of a tile, and those of all
+// chunks are added in order. So results depend on the chunks, which shapes alone decide, and not on the runs: few
+// threads take long ones, for which a tile is packed once. There are 8 chunks at most, so scratch grows with the length
+// of the sequences and not with its square.
 #pragma once
 #include "attention_mask.h"
 #include "attention_tile.h"
@@ -18,18 +19,51 @@ namespace handtuned::HANDTUNED_ISA {
 
 struct BackwardCut {
   int64_t tiles, chunks, chunk_keys;
-  explicit BackwardCut(const Attention& p) {
+  int64_t run, runs;  // chunks that a piece takes, pieces of a head
+  BackwardCut(const Attention& p, int64_t threads) {
+    constexpr int64_t kRunElements = 1 << 16, kPiecesOfThread = 4;  // dK and dV in L2; work for all to the end
     tiles = (p.heads / p.kv_heads * p.query_rows + kAttentionTile - 1) / kAttentionTile;
     const int64_t heads = most(1, p.batch * p.kv_heads), wanted = least((kPieces + heads - 1) / heads, 8);
     // Dropout factors come in blocks of kKeyBlock keys; fewer than 64 keys are not worth packing a tile for.
     const int64_t unit = p.dropout.p > 0 ? kKeyBlock : 64;
     chunk_keys = most(1, p.key_rows / (wanted * unit)) * unit;
     chunks = most(1, (p.key_rows + chunk_keys - 1) / chunk_keys);
+    const int64_t fit = most(1, kRunElements / (chunk_keys * (p.width + p.value_width)));
+    const int64_t spare = most(1, heads * chunks / (kPiecesOfThread * threads));
+    runs = (chunks - 1) / least(fit, spare) + 1;
+    run = (chunks - 1) / runs + 1;
+    runs = (chunks - 1) / run + 1;
   }
 };
 
-// One chunk of keys of (b, kv head). grad_query_part: dQ of this chunk [row][width] of float, or nullptr where it goes
-// straight to the result.
+// dQ = scale * dQ^T of a tile, [panel][width][W], into its rows.
+template <class A>
+void write_grad_query(const AttentionBackward& p, int64_t b, int64_t kv_head, int64_t first_row, const A* grad) {
+  constexpr int W = kPanel<A>;
+  const AttentionEntry e = attention_entry(p, b);
+  const int64_t group = p.heads / p.kv_heads, end = least(first_row + kAttentionTile, group * e.query_rows);
+  const int64_t pitch = padded<A>(p.width);
+  Scratch<A> rows(W * pitch);
+  alignas(64) A factor[W];
+  for (A& x : factor) x = A(p.scale);
+  for (int64_t row = first_row; row < end; row += W, grad += p.width * W) {
+    const int64_t n = least(W, end - row);
+    unpack_transposed(p.width, int(n), grad, factor, rows.data, pitch);
+    for (int64_t lane = 0; lane < n; ++lane) {
+      const int64_t h = kv_head * group + (row + lane) / e.query_rows, i = (row + lane) % e.query_rows;
+      write_row(p.dtype, query_row(p, p.grad_query, e, b, h, i), p.width, rows.data + lane * pitch, A(1));
+    }
+  }
+}
+
+// to += from, of a tile's dQ^T.
+template <class A>
+HT_INLINE void add_tile(const Attention& p, const A* from, A* to) {
+  for (int64_t i = 0; i < kAttentionTile * p.width; i += kLanes<A>) store(to + i, load(to + i) + load(from + i));
+}
+
+// A run of chunks of keys of (b, kv head). parts: dQ^T of each chunk and tile of the head, [chunk][tile][64 * width],
+// to be added later; nullptr where the run is the whole head and adds its own.
 template <class E>
 class BackwardPiece {
   using A = Accumulate<E>;
@@ -37,20 +71,24 @@ class BackwardPiece {
   static constexpr int W = Tile::W, L = Tile::L;
 
  public:
-  BackwardPiece(const AttentionBackward& p, int64_t b, int64_t kv_head, KeyRange chunk, const A* delta)
+  BackwardPiece(const AttentionBackward& p, const BackwardCut& cut, int64_t b, int64_t kv_head, int64_t first_chunk,
+                const A* delta, A* parts)
       : p_(p),
+        cut_(cut),
         e_(attention_entry(p, b)),
         b_(b),
         kv_head_(kv_head),
-        chunk_{chunk.begin, least(chunk.end, e_.key_rows)},
+        chunks_{first_chunk, least(first_chunk + cut.run, cut.chunks)},
+        keys_{chunks_.begin * cut.chunk_keys, least(chunks_.end * cut.chunk_keys, e_.key_rows)},
         delta_(delta),
-        arena_(bytes(p, chunk.end - chunk.begin)),
+        parts_(parts),
+        arena_(bytes(p, cut)),
         tile_(p, arena_) {
-    const int64_t keys = most(0, chunk_.end - chunk_.begin);
+    const int64_t keys = most(0, keys_.end - keys_.begin);
     grad_key_ = arena_.template take<A>(keys * padded<A>(p.width));
     grad_value_ = arena_.template take<A>(keys * padded<A>(p.value_width));
-    grad_query_ = arena_.template take<A>(Tile::kPanels * p.width * W);
-    query_rows_ = arena_.template take<A>(W * padded<A>(p.width));
+    sum_ = arena_.template take<A>(kAttentionTile * p.width);
+    own_ = arena_.template take<A>(kAttentionTile * p.width);
     key_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.width));
     column_scratch_ = arena_.template take<A>(kPack<E> == 2 ? kBackwardBlock * padded<A>(p.width) : 0);
     value_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.value_width));
@@ -58,19 +96,20 @@ class BackwardPiece {
     __builtin_memset(grad_value_, 0, keys * padded<A>(p.value_width) * sizeof(A));
   }
 
-  void run(A* grad_query_part) {
-    const int64_t total = p_.heads / p_.kv_heads * e_.query_rows;
-    for (int64_t row = 0; row < total; row += kAttentionTile) {
-      tile_.load(e_, b_, kv_head_, row, total, delta_);
-      __builtin_memset(grad_query_, 0, Tile::kPanels * p_.width * W * sizeof(A));
-      const int64_t begin = most(tile_.any.begin, chunk_.begin), end = least(tile_.any.end, chunk_.end);
-      const int64_t from = chunk_.begin + most(0, begin - chunk_.begin) / kBackwardBlock * kBackwardBlock;
-      for (int64_t first = from; first < end; first += kBackwardBlock)
-        add_block(first, least(kBackwardBlock, chunk_.end - first));
-      write_grad_query(grad_query_part ? grad_query_part + row * p_.width : nullptr);
+  void run() {
+    const int64_t total = p_.heads / p_.kv_heads * e_.query_rows, size = kAttentionTile * p_.width;
+    for (int64_t t = 0; t * kAttentionTile < total; ++t) {
+      tile_.load(e_, b_, kv_head_, t * kAttentionTile, total, delta_);
+      for (int64_t chunk = chunks_.begin; chunk < chunks_.end; ++chunk) {
+        A* grad_query = chunk == chunks_.begin ? sum_ : own_;
+        if (parts_) grad_query = parts_ + (chunk * cut_.tiles + t) * size;
+        add_chunk(chunk, grad_query);
+        if (grad_query == own_) add_tile(p_, own_, sum_);
+      }
+      if (!parts_ && p_.grad_query.data) write_grad_query(p_, b_, kv_head_, t * kAttentionTile, sum_);
     }
-    for (int64_t j = chunk_.begin; j < chunk_.end; ++j) {
-      const int64_t at = j - chunk_.begin;
+    for (int64_t j = keys_.begin; j < keys_.end; ++j) {
+      const int64_t at = j - keys_.begin;
       if (p_.grad_key.data)
         write_row(p_.dtype, key_row(p_, p_.grad_key, e_, b_, kv_head_, j), p_.width,
                   grad_key_ + at * padded<A>(p_.width), tile_.scale.rest);
@@ -81,20 +120,30 @@ class BackwardPiece {
   }
 
  private:
-  static size_t bytes(const Attention& p, int64_t keys) {
-    const int64_t width = padded<A>(p.width), value_width = padded<A>(p.value_width);
+  static size_t bytes(const Attention& p, const BackwardCut& cut) {
+    const int64_t width = padded<A>(p.width), value_width = padded<A>(p.value_width), keys = cut.run * cut.chunk_keys;
     return Tile::bytes(p) + Arena::bytes_of<A>(keys * width) + Arena::bytes_of<A>(keys * value_width) +
-           Arena::bytes_of<A>(Tile::kPanels * p.width * W) + Arena::bytes_of<A>(W * width) +
-           kPack<E> * Arena::bytes_of<A>(kBackwardBlock * width) + Arena::bytes_of<A>(kBackwardBlock * value_width);
+           2 * Arena::bytes_of<A>(kAttentionTile * p.width) + kPack<E> * Arena::bytes_of<A>(kBackwardBlock * width) +
+           Arena::bytes_of<A>(kBackwardBlock * value_width);
   }
 
-  void add_block(int64_t first, int64_t n) {
+  // Everything that the tile and a chunk give; grad_query: dQ^T of both.
+  void add_chunk(int64_t chunk, A* grad_query) {
+    __builtin_memset(grad_query, 0, kAttentionTile * p_.width * sizeof(A));
+    const int64_t start = chunk * cut_.chunk_keys, stop = least(start + cut_.chunk_keys, keys_.end);
+    const int64_t begin = most(tile_.any.begin, start), end = least(tile_.any.end, stop);
+    for (int64_t first = start + (begin - start) / kBackwardBlock * kBackwardBlock; first < end;
+         first += kBackwardBlock)
+      add_block(first, least(kBackwardBlock, stop - first), grad_query);
+  }
+
+  void add_block(int64_t first, int64_t n, A* grad_query) {
     const int64_t width = padded<A>(p_.width), value_width = padded<A>(p_.value_width);
     const auto keys = key_block<E>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width, key_scratch_);
     const auto values = key_block<E>(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width, value_scratch_);
     const bool hides = tile_.scores(first, n, keys, values);
     const bool guarded = hides && !(tile_.finite && all_finite<A>(p_, p_.key, e_, b_, kv_head_, first, n, p_.width));
-    const int64_t at = first - chunk_.begin, depth = elements<E>(tile_.rows);
+    const int64_t at = first - keys_.begin, depth = elements<E>(tile_.rows);
     auto add_rows = guarded ? &multiply_visible<E, true> : &multiply<E, true>;
     add_rows(n, value_width / L, {tile_.dropped, Tile::kPitch, 1}, tile_.grad, value_width, depth,
              grad_value_ + at * value_width, value_width);
@@ -111,39 +160,22 @@ class BackwardPiece {
       const int64_t skipped = part.first - first;
       add_lanes(p_.width, tile_.panel[i].vectors, skip_columns(columns, skipped),
                 tile_.grad_by_key + skipped / kPack<E> * Tile::kRows + i * W, Tile::kRows, elements<E>(part.n),
-                grad_query_ + i * p_.width * W, W);
-    }
-  }
-
-  void write_grad_query(A* part) {
-    if (!p_.grad_query.data) return;
-    alignas(64) A factor[W];
-    for (A& x : factor) x = A(p_.scale);
-    for (int i = 0; i < tile_.panels; ++i) {
-      const Panel<A>& panel = tile_.panel[i];
-      const int64_t pitch = padded<A>(p_.width);
-      unpack_transposed(p_.width, panel.rows, grad_query_ + i * p_.width * W, factor, query_rows_, pitch);
-      for (int lane = 0; lane < panel.rows; ++lane) {
-        const A* sums = query_rows_ + lane * pitch;
-        if (part)
-          write_row(kDType<A>, part + (i * W + lane) * p_.width, p_.width, sums, A(1));
-        else
-          write_row(p_.dtype, query_row(p_, p_.grad_query, e_, b_, panel.head[lane], panel.query[lane]), p_.width, sums,
-                    A(1));
-      }
+                grad_query + i * p_.width * W, W);
     }
   }
 
   const AttentionBackward& p_;
+  const BackwardCut& cut_;
   AttentionEntry e_;
   int64_t b_, kv_head_;
-  KeyRange chunk_;
+  KeyRange chunks_, keys_;
   const A* delta_;
+  A* parts_;
   Arena arena_;
   Tile tile_;
-  A *grad_key_, *grad_value_;  // [keys of the chunk][padded width]
-  A* grad_query_;              // [panel][width][W]
-  A *query_rows_, *key_scratch_, *column_scratch_, *value_scratch_;
+  A *grad_key_, *grad_value_;  // [key][padded width]
+  A *sum_, *own_;              // dQ^T of a tile, [panel][width][W]: of the chunks so far, of one
+  A *key_scratch_, *column_scratch_, *value_scratch_;
 };
 
 // delta = sum_c dO O - dlse, like the lse.
@@ -181,45 +213,36 @@ void find_grad_sinks(const AttentionBackward& p, const A* delta) {
   });
 }
 
+// dQ of all tiles from their chunks' parts [head][chunk][tile], in order.
 template <class A>
 void add_query_parts(const AttentionBackward& p, const BackwardCut& cut, A* parts) {
-  const int64_t rows = cut.tiles * kAttentionTile;
-  const int64_t pieces = p.batch * p.kv_heads * cut.tiles;
+  const int64_t pieces = p.batch * p.kv_heads * cut.tiles, size = kAttentionTile * p.width;
   parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
-    const int64_t head = piece / cut.tiles, b = head / p.kv_heads, kv_head = head % p.kv_heads;
-    const AttentionEntry e = attention_entry(p, b);
-    const int64_t group = p.heads / p.kv_heads, first = piece % cut.tiles * kAttentionTile;
-    Scratch<A> sum(padded<A>(p.width));
-    for (int64_t flat = first; flat < least(first + kAttentionTile, group * e.query_rows); ++flat) {
-      for (int64_t c = 0; c < p.width; c += kLanes<A>) {
-        vec<A> of_chunks = {};
-        for (int64_t k = 0; k < cut.chunks; ++k)
-          of_chunks += load_first(parts + ((head * cut.chunks + k) * rows + flat) * p.width + c, p.width - c);
-        store(sum.data + c, of_chunks);
-      }
-      const int64_t h = kv_head * group + flat / e.query_rows, i = flat % e.query_rows;
-      write_row(p.dtype, query_row(p, p.grad_query, e, b, h, i), p.width, sum.data, A(1));
-    }
+    const int64_t head = piece / cut.tiles, tile = piece % cut.tiles;
+    A* sum = parts + (head * cut.chunks * cut.tiles + tile) * size;  // into the first
+    for (int64_t k = 1; k < cut.chunks; ++k) add_tile(p, sum + k * cut.tiles * size, sum);
+    write_grad_query(p, head / p.kv_heads, head % p.kv_heads, tile * kAttentionTile, sum);
   });
 }
 
 template <class E>
 void attention_backward_in(const AttentionBackward& p) {
   using A = Accumulate<E>;
-  const BackwardCut cut(p);
-  const int64_t heads = p.batch * p.kv_heads, rows = cut.tiles * kAttentionTile;
+  const BackwardCut cut(p, thread_count());
   Scratch<A> delta((p.query_starts ? 1 : p.batch) * p.heads * p.total_rows);
   find_delta<A>(p, delta.data);
   if (p.grad_sinks) find_grad_sinks(p, delta.data);
   if (p.grad_query.data || p.grad_key.data || p.grad_value.data) {
-    const bool in_parts = cut.chunks > 1 && p.grad_query.data;
-    Scratch<A> parts(in_parts ? heads * cut.chunks * rows * p.width : 0);
+    const int64_t pieces = p.batch * p.kv_heads * cut.runs,
+                  head_size = cut.chunks * cut.tiles * kAttentionTile * p.width;
+    const bool in_parts = cut.runs > 1 && p.grad_query.data;
+    Scratch<A> parts(in_parts ? p.batch * p.kv_heads * head_size : 0);
     // Head by head, as in the forward; under a causal window the first chunks have the most work.
-    parallel_pieces(heads * cut.chunks, run_of(p, heads * cut.chunks), [&](int64_t piece) {
-      const int64_t head = piece / cut.chunks, chunk = piece % cut.chunks;
-      const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
-      BackwardPiece<E> work(p, head / p.kv_heads, head % p.kv_heads, keys, delta.data);
-      work.run(in_parts ? parts.data + (head * cut.chunks + chunk) * rows * p.width : nullptr);
+    parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
+      const int64_t head = piece / cut.runs, first_chunk = piece % cut.runs * cut.run;
+      BackwardPiece<E>(p, cut, head / p.kv_heads, head % p.kv_heads, first_chunk, delta.data,
+                       in_parts ? parts.data + head * head_size : nullptr)
+          .run();
     });
     if (in_parts) add_query_parts(p, cut, parts.data);
   }

@@ -151,7 +151,7 @@ class LanesPiece {
   Scale<E> scale_;
   Arena arena_;
   int panels_;
-  bool first_of_head_;       // the tile that is worked on first, so keys and values come from memory
+  bool first_of_head_;  // the tile that is worked on first, so keys and values come from memory
   Panel<A> panel_[kPanels];
   Running<A> softmax_[kPanels];
   const E* query_[kPanels];  // Q^T [elements(width)][W]

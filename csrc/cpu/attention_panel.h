@@ -41,8 +41,8 @@ HT_INLINE int64_t elements(int64_t width) {
 // long as kPieces threads find work and the last ones do not wait for long.
 inline int64_t run_of(const Attention& p, int64_t n) {
   constexpr double kSmallFlops = 1 << 19, kLeastFlops = 1 << 19, kMostFlops = 1 << 24;
-  const double flops = 2.0 * double(p.batch * p.heads) * double(p.query_rows) * double(p.key_rows) *
-                       double(p.width + p.value_width);
+  const double flops =
+      2.0 * double(p.batch * p.heads) * double(p.query_rows) * double(p.key_rows) * double(p.width + p.value_width);
   if (flops < kSmallFlops) return most(1, n);
   const double each = flops / double(n);
   return most(1, most(least(n / kPieces, int64_t(kMostFlops / each)), int64_t(kLeastFlops / each)));
@@ -258,8 +258,7 @@ HT_INLINE void prefetch_row(const void* row, int64_t bytes) {
 }
 HT_INLINE void prefetch_rows(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,
                              int64_t kv_head, int64_t first, int64_t n, int64_t width) {
-  for (int64_t j = first; j < first + n; ++j)
-    prefetch_row(key_row(p, t, e, b, kv_head, j), width * bytes_of(p.dtype));
+  for (int64_t j = first; j < first + n; ++j) prefetch_row(key_row(p, t, e, b, kv_head, j), width * bytes_of(p.dtype));
 }
 
 // ---- operands of the products -------------------------------------------------------------------------------------
