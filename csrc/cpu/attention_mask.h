@@ -1,24 +1,36 @@
 // The gradient of attention's additive mask.
 //
 // dmask = dS before the softcap, summed over the dims along which the mask is broadcast. A pass of its own: a piece is
-// a 64 x 128 tile of the mask (or its only row or column) and visits in order all that was added to it.
+// 64 rows of the mask by up to 8 blocks of 128 keys (or its only row or column) and visits in order all that was added
+// to it. A tile of queries is packed once for all the blocks, so pieces are as wide as their number allows.
 #pragma once
 #include "attention_tile.h"
 #include "parallel.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
+struct MaskCut {
+  int64_t row_tiles, spans, span;  // span: keys of a piece
+  explicit MaskCut(const AttentionMask& m) {
+    const int64_t blocks = (m.keys + kBackwardBlock - 1) / kBackwardBlock;
+    row_tiles = (m.rows + kAttentionTile - 1) / kAttentionTile;
+    span = most(1, least(8, m.batches * m.heads * row_tiles * blocks / kPieces)) * kBackwardBlock;
+    spans = (m.keys + span - 1) / span;
+  }
+};
+
 template <class A>
 class MaskPiece {
   using Tile = BackwardTile<A>;
 
  public:
-  MaskPiece(const AttentionBackward& p, const A* delta) : p_(p), delta_(delta), arena_(bytes(p)), tile_(p, arena_) {
+  MaskPiece(const AttentionBackward& p, const MaskCut& cut, const A* delta)
+      : p_(p), span_(cut.span), delta_(delta), arena_(bytes(p, cut)), tile_(p, arena_) {
     tile_.through_softcap = false;
-    sum_ = arena_.template take<A>(kBackwardBlock * kAttentionTile);
+    sum_ = arena_.template take<A>(span_ * kAttentionTile);
     key_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.width));
     value_scratch_ = arena_.template take<A>(kBackwardBlock * padded<A>(p.value_width));
-    __builtin_memset(sum_, 0, kBackwardBlock * kAttentionTile * sizeof(A));
+    __builtin_memset(sum_, 0, span_ * kAttentionTile * sizeof(A));
   }
 
   // Everything added to rows [row, ...) and keys [key, ...) of mask [batch, head].
@@ -28,7 +40,7 @@ class MaskPiece {
     for (int64_t b = batch; b < b_end; ++b) {
       const AttentionEntry e = attention_entry(p_, b);
       const int64_t row_end = m.rows > 1 ? least(row + kAttentionTile, e.query_rows) : e.query_rows;
-      const int64_t key_end = m.keys > 1 ? least(key + kBackwardBlock, e.key_rows) : e.key_rows;
+      const int64_t key_end = m.keys > 1 ? least(key + span_, e.key_rows) : e.key_rows;
       for (int64_t h = head; h < h_end; ++h)
         for (int64_t i = row; i < row_end; i += kAttentionTile) add_rows(e, b, h, i, key, key_end);
     }
@@ -37,23 +49,24 @@ class MaskPiece {
   void write(int64_t batch, int64_t head, int64_t row, int64_t key) {
     const AttentionMask& m = p_.mask;
     const int64_t rows = m.rows > 1 ? least(m.rows - row, kAttentionTile) : 1;
-    const int64_t keys = m.keys > 1 ? least(m.keys - key, kBackwardBlock) : 1;
+    const int64_t keys = m.keys > 1 ? least(m.keys - key, span_) : 1;
+    Scratch<A> line(padded<A>(keys));
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = 0; j < keys; ++j) {
         A total = 0;
         for (int64_t jj = j; jj < (m.keys > 1 ? j + 1 : kBackwardBlock); ++jj)
           for (int64_t ii = i; ii < (m.rows > 1 ? i + 1 : kAttentionTile); ++ii)
             total += sum_[jj * kAttentionTile + ii];
-        const int64_t at = ((batch * m.heads + head) * m.rows + row + i) * m.keys + key + j;
-        alignas(64) A one[Tile::L] = {total};
-        write_row(m.dtype, static_cast<char*>(p_.grad_mask) + at * bytes_of(m.dtype), 1, one, A(1));
+        line.data[j] = total;
       }
+      const int64_t at = ((batch * m.heads + head) * m.rows + row + i) * m.keys + key;
+      write_row(m.dtype, static_cast<char*>(p_.grad_mask) + at * bytes_of(m.dtype), keys, line.data, A(1));
     }
   }
 
  private:
-  static size_t bytes(const Attention& p) {
-    return Tile::bytes(p) + Arena::bytes_of<A>(kBackwardBlock * kAttentionTile) +
+  static size_t bytes(const Attention& p, const MaskCut& cut) {
+    return Tile::bytes(p) + Arena::bytes_of<A>(cut.span * kAttentionTile) +
            Arena::bytes_of<A>(kBackwardBlock * padded<A>(p.width)) +
            Arena::bytes_of<A>(kBackwardBlock * padded<A>(p.value_width));
   }
@@ -67,16 +80,18 @@ class MaskPiece {
       const auto keys = key_block<A>(p_, p_.key, e, b, kv_head, first, n, p_.width, key_scratch_);
       const auto values = key_block<A>(p_, p_.value, e, b, kv_head, first, n, p_.value_width, value_scratch_);
       tile_.scores(first, n, keys, values);
+      A* sum = sum_ + (p_.mask.keys > 1 ? first - key : 0) * kAttentionTile;
       // Lanes past the last row are left out: against a NaN key their scores are NaN.
       for (int64_t j = 0; j < n; ++j)
         for (int64_t c = 0; c < padded<A>(tile_.rows); c += Tile::L) {
           const int64_t at = j * kAttentionTile + c;
-          store(sum_ + at, load(sum_ + at) + load_first(tile_.score_grad + at, tile_.rows - c));
+          store(sum + at, load(sum + at) + load_first(tile_.score_grad + at, tile_.rows - c));
         }
     }
   }
 
   const AttentionBackward& p_;
+  int64_t span_;
   const A* delta_;
   Arena arena_;
   Tile tile_;
@@ -86,13 +101,13 @@ class MaskPiece {
 template <class A>
 void find_grad_mask(const AttentionBackward& p, const A* delta) {
   const AttentionMask& m = p.mask;
-  const int64_t row_tiles = (m.rows + kAttentionTile - 1) / kAttentionTile;
-  const int64_t key_blocks = (m.keys + kBackwardBlock - 1) / kBackwardBlock, tiles = row_tiles * key_blocks;
+  const MaskCut cut(m);
+  const int64_t tiles = cut.row_tiles * cut.spans;
   const int64_t pieces = m.batches * m.heads * tiles;
   parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
     const int64_t batch = piece / tiles / m.heads, head = piece / tiles % m.heads;
-    const int64_t row = piece % tiles / key_blocks * kAttentionTile, key = piece % key_blocks * kBackwardBlock;
-    MaskPiece<A> work(p, delta);
+    const int64_t row = piece % tiles / cut.spans * kAttentionTile, key = piece % cut.spans * cut.span;
+    MaskPiece<A> work(p, cut, delta);
     work.run(batch, head, row, key);
     work.write(batch, head, row, key);
   });

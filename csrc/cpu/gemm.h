@@ -99,7 +99,7 @@ inline void multiply(int64_t rows, int64_t vectors, Broadcast<E> b, const T* a, 
 template <class A, int R, class T>
 __attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width, A* c,
                                              int64_t c_row) {
-  constexpr int L = kLanes<A>, K = L / R, kAhead = 16384;
+  constexpr int L = kLanes<A>, K = L / R, kAhead = 65536;
   const int64_t whole = width / L * L;
   for (int64_t j = 0; j < n; j += K) {
     vec<A> sum[L];
