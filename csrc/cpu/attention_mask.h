@@ -22,6 +22,7 @@ struct MaskCut {
 template <class A>
 class MaskPiece {
   using Tile = BackwardTile<A>;
+  static constexpr int64_t L = Tile::L;
 
  public:
   MaskPiece(const AttentionBackward& p, const MaskCut& cut, const A* delta)
@@ -50,17 +51,20 @@ class MaskPiece {
     const AttentionMask& m = p_.mask;
     const int64_t rows = m.rows > 1 ? least(m.rows - row, kAttentionTile) : 1;
     const int64_t keys = m.keys > 1 ? least(m.keys - key, span_) : 1;
-    Scratch<A> line(padded<A>(keys));
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < keys; ++j) {
-        A total = 0;
-        for (int64_t jj = j; jj < (m.keys > 1 ? j + 1 : kBackwardBlock); ++jj)
-          for (int64_t ii = i; ii < (m.rows > 1 ? i + 1 : kAttentionTile); ++ii)
-            total += sum_[jj * kAttentionTile + ii];
-        line.data[j] = total;
+    if (m.keys == 1 || m.rows == 1) add_up(m.rows > 1, m.keys > 1);
+    Scratch<A> lines(L * padded<A>(keys));
+    for (int64_t i = 0; i < rows; i += L) {
+      for (int64_t j = 0; j < keys; j += L) {
+        vec<A> square[L];
+        for (int64_t jj = 0; jj < L; ++jj) square[jj] = load(sum_ + least(j + jj, keys - 1) * kAttentionTile + i);
+        transpose<A>(square);
+        for (int64_t ii = 0; ii < L; ++ii) store(lines.data + ii * padded<A>(keys) + j, square[ii]);
       }
-      const int64_t at = ((batch * m.heads + head) * m.rows + row + i) * m.keys + key;
-      write_row(m.dtype, static_cast<char*>(p_.grad_mask) + at * bytes_of(m.dtype), keys, line.data, A(1));
+      for (int64_t ii = 0; ii < least(L, rows - i); ++ii) {
+        const int64_t at = ((batch * m.heads + head) * m.rows + row + i + ii) * m.keys + key;
+        write_row(m.dtype, static_cast<char*>(p_.grad_mask) + at * bytes_of(m.dtype), keys,
+                  lines.data + ii * padded<A>(keys), A(1));
+      }
     }
   }
 
@@ -69,6 +73,16 @@ class MaskPiece {
     return Tile::bytes(p) + Arena::bytes_of<A>(cut.span * kAttentionTile) +
            Arena::bytes_of<A>(kBackwardBlock * padded<A>(p.width)) +
            Arena::bytes_of<A>(kBackwardBlock * padded<A>(p.value_width));
+  }
+
+  // Leaves the sum over the keys, or over the rows, of a block in its first key or row.
+  void add_up(bool by_row, bool by_key) {
+    for (int64_t j = 0; j < (by_key ? span_ : kBackwardBlock); ++j)
+      for (int64_t i = 0; i < kAttentionTile; ++i) {
+        A* to = sum_ + (by_key ? j : 0) * kAttentionTile + (by_row ? i : 0);
+        const A* from = sum_ + j * kAttentionTile + i;
+        if (to != from) *to += *from;
+      }
   }
 
   void add_rows(const AttentionEntry& e, int64_t b, int64_t h, int64_t row, int64_t key, int64_t key_end) {

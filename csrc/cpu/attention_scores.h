@@ -9,9 +9,12 @@ template <class M, class A>
 inline void load_mask(const M* data, const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n,
                       A* bias) {
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
-  auto keys_of = [&](int lane, int64_t j, int64_t count) {
-    const M* row = data + b * m.batch + panel.head[lane] * m.head + panel.query[lane] * m.row + (first + j) * m.key;
-    M near[L] = {};
+  const M* rows[W];
+  for (int lane = 0; lane < panel.rows; ++lane)
+    rows[lane] = data + b * m.batch + panel.head[lane] * m.head + panel.query[lane] * m.row + first * m.key;
+  auto keys_of = [&](int lane, int64_t j, int64_t count) HT_LAMBDA {
+    const M* row = rows[lane] + j * m.key;
+    M near[L];
     if (m.key != 1 || count < L) {
       for (int64_t i = 0; i < count; ++i) near[i] = row[i * m.key];
       row = near;
