@@ -2,9 +2,9 @@
 
 A piece of the forward is a tile of 64 query rows of a kv head, one of the backward a chunk of a kv head's keys. Each
 kind of piece is timed alone on one thread, as an attention of its own: its rows against the keys that they see. Then
-threads take the pieces from a counter, in the kernel's order, and the busiest one sets the time. Reported is the sum of
-all pieces over threads times that: 100 % is a perfect balance. What the simulation leaves out is the memory that
-threads share, and the sums over chunks at the end.
+threads take runs of pieces from a counter, in the kernel's order, and the busiest one sets the time. Reported is the
+sum of all pieces over threads times that: 100 % is a perfect balance. What the simulation leaves out is the memory that
+threads share, what pieces of a run save each other, and the sums over chunks at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from torch import Tensor
 
 import handtuned.nn.functional as H
 
-# csrc/attention.h and cpu/attention_backward.h
+# csrc/attention.h, run_of in cpu/attention_panel.h, BackwardCut in cpu/attention_backward.h
 TILE, PIECES, MOST_CHUNKS = 64, 64, 8
+LEAST_FLOPS, MOST_FLOPS = 2**19, 2**24
+RUN_ELEMENTS, PIECES_OF_THREAD = 2**16, 4
 THREADS = (2, 8, 32, 64)
 ROUNDS = 15
 
@@ -73,8 +75,12 @@ def seconds(rows: int, keys: int, width: int, alignment: str, backward: bool) ->
     return best
 
 
+def in_runs(costs: list[float], run: int) -> list[float]:
+    return [sum(costs[first : first + run]) for first in range(0, len(costs), run)]
+
+
 def forward_pieces(shape: Shape) -> list[float]:
-    """The cost of every piece in the order in which threads take them: head by head, last tiles first."""
+    """The cost of every piece in the kernel's order: head by head, last tiles first."""
     rows_of_head = shape.tokens * (shape.heads // shape.kv_heads)
     costs = []
     for first in reversed(range(0, rows_of_head, TILE)):
@@ -85,16 +91,38 @@ def forward_pieces(shape: Shape) -> list[float]:
     return costs * (shape.batch * shape.kv_heads)
 
 
+def forward_runs(shape: Shape, threads: int) -> list[float]:
+    """The cost of what a thread takes at a time, whatever their number."""
+    pieces = forward_pieces(shape)
+    each = 4 * shape.batch * shape.heads * shape.tokens**2 * shape.width / len(pieces)
+    return in_runs(pieces, max(1, min(len(pieces) // PIECES, int(MOST_FLOPS / each)), int(LEAST_FLOPS / each)))
+
+
+def backward_chunk(shape: Shape) -> int:
+    """Keys of a chunk."""
+    wanted = min(ceil(PIECES / (shape.batch * shape.kv_heads)), MOST_CHUNKS)
+    return max(1, shape.tokens // (wanted * TILE)) * TILE
+
+
 def backward_pieces(shape: Shape) -> list[float]:
     """Likewise, first chunks first. A query head of a group counts as a piece's worth of its own rows."""
     heads, group = shape.batch * shape.kv_heads, shape.heads // shape.kv_heads
-    chunk = ceil(shape.tokens / (min(ceil(PIECES / heads), MOST_CHUNKS) * TILE)) * TILE  # BackwardCut
+    chunk = backward_chunk(shape)
     costs = []
     for first in range(0, shape.tokens, chunk):
         keys = min(chunk, shape.tokens - first)
         rows, alignment = (shape.tokens - first, "top_left") if shape.causal else (shape.tokens, "")
         costs.append(group * seconds(rows, keys, shape.width, alignment, True))
     return costs * heads
+
+
+def backward_runs(shape: Shape, threads: int) -> list[float]:
+    """Likewise: few threads take long runs."""
+    pieces, heads = backward_pieces(shape), shape.batch * shape.kv_heads
+    chunks = len(pieces) // heads
+    fit = max(1, RUN_ELEMENTS // (backward_chunk(shape) * 2 * shape.width))
+    runs = ceil(chunks / min(fit, max(1, len(pieces) // (PIECES_OF_THREAD * threads))))
+    return in_runs(pieces[:chunks], ceil(chunks / runs)) * heads
 
 
 def balance(costs: Iterable[float], threads: int) -> float:
@@ -109,11 +137,13 @@ def main() -> None:
     torch.set_num_threads(1)
     print("| pass | shape | pieces | " + " | ".join(f"{threads} threads" for threads in THREADS) + " |")
     print("| --- | --- |" + " ---: |" * (1 + len(THREADS)))
-    for name, pieces in (("forward", forward_pieces), ("backward", backward_pieces)):
+    for name, pieces, runs in (
+        ("forward", forward_pieces, forward_runs),
+        ("backward", backward_pieces, backward_runs),
+    ):
         for shape in SHAPES:
-            costs = pieces(shape)
-            shares = " | ".join(f"{balance(costs, threads):.0%}" for threads in THREADS)
-            print(f"| {name} | {shape.name} | {len(costs)} | {shares} |")
+            shares = " | ".join(f"{balance(runs(shape, threads), threads):.0%}" for threads in THREADS)
+            print(f"| {name} | {shape.name} | {len(pieces(shape))} | {shares} |")
 
 
 if __name__ == "__main__":

@@ -124,3 +124,6 @@ def test_pieces_are_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert balance.forward_pieces(shape) == [64 * 128.0, 64 * 64.0] * 8
     # Two chunks of 64 keys, seen by 128 and by 64 rows of each query head.
     assert balance.backward_pieces(shape) == [2 * 128 * 64.0, 2 * 64 * 64.0] * 4
+    assert balance.backward_runs(shape, threads=1) == [2 * 128 * 64.0 + 2 * 64 * 64.0] * 4
+    assert balance.backward_runs(shape, threads=64) == balance.backward_pieces(shape)
+    assert sum(balance.forward_runs(shape, threads=1)) == sum(balance.forward_pieces(shape))
