@@ -3,6 +3,7 @@
 from .attention import attention_varlen, scaled_dot_product_attention
 from .attention_tools import attention_weights, merge_attention
 from .kv_cache import attention_with_kv_cache
+from .linear import linear, pack_linear_weight
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "attention_weights",
     "attention_with_kv_cache",
     "layer_norm",
+    "linear",
     "merge_attention",
+    "pack_linear_weight",
     "rms_norm",
     "scaled_dot_product_attention",
 ]
