@@ -121,7 +121,8 @@ def test_each_call_names_its_kernel(compared):
             expected.update({f"{op}_backward": count for op, count in list(expected.items())})
         found: Counter[str] = Counter()
         for kernel in row.kernels:
-            found[kernel.op.removesuffix("_inference")] += kernel.calls
+            if kernel.op != "linear_pack":
+                found[kernel.op.removesuffix("_inference")] += kernel.calls
         assert found == expected, row.name
         assert {(k.backend, k.kernel) for k in row.kernels} == {("cpu", isa)}
 

@@ -19,6 +19,7 @@ from torch.nn import Module, Parameter
 
 from ..nn import functional as F
 from ..nn.fusing import activated, add_norm
+from ..nn.packing import kept, packed_weight
 
 SMALL, INSIDE, ROWS = 6, 10, 5  # features of a trial, and its rows
 TOLERANCE = 1e-5  # of a trial, in float32
@@ -44,7 +45,15 @@ def _rms_norm_from_one(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _conv1d(self: Any, x: Tensor) -> Tensor:
-    return F.linear(x, self.weight.T, self.bias)
+    result: Tensor = self.run(x)
+    return result
+
+
+def _run_conv1d(self: Any, x: Tensor, **options: Any) -> Tensor:
+    """Conv1D has the weight (in, out). Outside training it is kept transposed, and packed as that of a Linear."""
+    weight = kept(self, "transposed", self.weight, lambda weight: weight.detach().T.contiguous())
+    weight = self.weight.T if weight is None else weight
+    return F.linear(x, weight, self.bias, packed=packed_weight(self, "weight", weight, x), **options)
 
 
 def _intermediate(self: Any, hidden_states: Tensor) -> Tensor:
@@ -174,6 +183,7 @@ def _subclass(kind: Twin, forward: Any, activation: str | None) -> Twin:
     key = (kind, forward, activation)
     if key not in _made:
         members = {"forward": forward, "activation": activation, "__module__": kind.__module__}
+        members |= {"run": _run_conv1d} if forward is _conv1d else {}
         _made[key] = type(kind.__name__, (kind,), members)
     return _made[key]
 

@@ -8,15 +8,17 @@ from torch import Tensor
 from .functional.attention import attention_varlen
 from .functional.linear import linear
 from .functional.multi_head_attention import attend_heads, check_inputs, project_packed, project_separately
+from .packing import KeepsPacked, packed_weight
 from .twins import twin
 
 
 @twin
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(KeepsPacked, torch.nn.MultiheadAttention):
     """torch.nn.MultiheadAttention: same constructor, same initial weights, same state_dict.
 
     Masks keep torch's meaning (bool: True hides). What differs is listed at functional.multi_head_attention_forward.
-    With batch_first=True nothing is copied between the projections; without it the merged heads are, once.
+    With batch_first=True nothing is copied between the projections; without it the merged heads are, once. Outside
+    training the weights are kept packed: see keep_packed and drop_packed().
     """
 
     def forward(
@@ -40,10 +42,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         check_inputs(query, key, value, self.embed_dim, self.num_heads)
         if self._qkv_same_embed_dim:
-            q, k, v = project_packed(query, key, value, self.in_proj_weight, self.in_proj_bias, linear)
+            q, k, v = project_packed(query, key, value, self.in_proj_weight, self.in_proj_bias, self._project)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = project_separately(query, key, value, weights, self.in_proj_bias, linear)
+            q, k, v = project_separately(query, key, value, weights, self.in_proj_bias, self._project)
         merged, attention = attend_heads(
             *(q, k, v, self.num_heads),
             attn_mask=attn_mask,
@@ -57,7 +59,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             is_causal=is_causal,
             batch_first=self.batch_first,
         )
-        return linear(merged, self.out_proj.weight, self.out_proj.bias), attention
+        return self._project_back(merged), attention
 
     def attend_packed(self, rows: Tensor, starts: Tensor) -> Tensor:
         """Self-attention of sequences packed one after the other, without masks or dropout; for TransformerEncoder.
@@ -66,7 +68,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         q, k, v = (
             x.unflatten(-1, (self.num_heads, -1))
-            for x in project_packed(rows, rows, rows, self.in_proj_weight, self.in_proj_bias, linear)
+            for x in project_packed(rows, rows, rows, self.in_proj_weight, self.in_proj_bias, self._project)
         )
         output: Tensor = attention_varlen(q, k, v, starts, starts)
-        return linear(output.flatten(1), self.out_proj.weight, self.out_proj.bias)
+        return self._project_back(output.flatten(1))
+
+    def _project(self, which: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(input, weight, bias, packed=packed_weight(self, which, weight, input))
+
+    def _project_back(self, merged: Tensor) -> Tensor:
+        return self._project("out", merged, self.out_proj.weight, self.out_proj.bias)

@@ -5,6 +5,7 @@ A child that has been exchanged, patched or hooked is called as the module that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.nn import Dropout, Module
 
 from . import functional as F
-from .linear import Linear
 from .norm import LayerNorm
 
 
@@ -24,8 +24,11 @@ def plain(module: Any, *kinds: type[Module]) -> bool:
     return not any(hooks) and "forward" not in module.__dict__
 
 
-def _plain_linear(module: Any) -> bool:
-    return plain(module, torch.nn.Linear, Linear)
+def _linear(module: Any) -> Callable[..., Tensor] | None:
+    """functional.linear of a plain linear, one of torch's or any twin with a method `run`; None for other modules."""
+    if plain(module, torch.nn.Linear):
+        return lambda x, **options: F.linear(x, module.weight, module.bias, **options)
+    return module.run if hasattr(module, "run") and plain(module, type(module)) else None
 
 
 def _rate(dropout: Any) -> float:
@@ -48,19 +51,20 @@ def activation_name(activation: Any) -> str | None:
 
 def activated(x: Tensor, linear: Any, activation: Any, dropout: Any, name: str | None) -> Tensor:
     """dropout(activation(linear(x))); name: what functional.linear calls the activation; dropout may be None."""
-    if name is None or not _plain_linear(linear) or not (dropout is None or plain(dropout, Dropout)):
+    run = _linear(linear)
+    if run is None or name is None or not (dropout is None or plain(dropout, Dropout)):
         result: Tensor = activation(linear(x))
         return result if dropout is None else dropout(result)
-    rate = 0.0 if dropout is None else _rate(dropout)
-    return F.linear(x, linear.weight, linear.bias, activation=name, dropout_p=rate)
+    return run(x, activation=name, dropout_p=0.0 if dropout is None else _rate(dropout))
 
 
 def add_projected(x: Tensor, residual: Tensor, linear: Any, dropout: Any) -> Tensor:
     """residual + dropout(linear(x))."""
-    if not (_plain_linear(linear) and plain(dropout, Dropout)) or x.dtype != residual.dtype:
+    run = _linear(linear)
+    if run is None or not plain(dropout, Dropout) or x.dtype != residual.dtype:
         total: Tensor = residual + dropout(linear(x))
         return total
-    return F.linear(x, linear.weight, linear.bias, residual=residual, dropout_p=_rate(dropout))
+    return run(x, residual=residual, dropout_p=_rate(dropout))
 
 
 def add_norm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ Kind = TypeVar("Kind", bound=type[torch.nn.Module])
 
 
 def twin(kind: Kind) -> Kind:
-    """Declares a class to be the twin of its base."""
-    TWINS[kind.__bases__[0]] = kind
+    """Declares a class to be the twin of its last base."""
+    TWINS[kind.__bases__[-1]] = kind
     return kind
 
 

@@ -22,7 +22,7 @@ from .attention_tools import attention_weights
 from .linear import linear
 
 _OP = "multi_head_attention_forward"
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (input, weight, bias) -> output
+Project = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]  # (which, input, weight, bias) -> output
 
 
 def _require(ok: bool, message: str) -> None:
@@ -84,24 +84,28 @@ def _given(name: str, weight: Tensor | None) -> Tensor:
 
 
 def project_packed(
-    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, project: Linear
+    query: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor | None, project: Project
 ) -> tuple[Tensor, ...]:
     """q, k and v (*, E) by one weight (3 * E, E): in as many products as there are different inputs."""
     if query is key and key is value:
-        return project(query, weight, bias).chunk(3, -1)
+        return project("qkv", query, weight, bias).chunk(3, -1)
     width = weight.shape[0] // 3
     if key is value:
         weights, biases = weight.split([width, 2 * width]), _split(bias, [width, 2 * width])
-        return (project(query, weights[0], biases[0]), *project(key, weights[1], biases[1]).chunk(2, -1))
+        return (project("q", query, weights[0], biases[0]), *project("kv", key, weights[1], biases[1]).chunk(2, -1))
     return project_separately(query, key, value, weight.chunk(3), bias, project)
 
 
 def project_separately(
-    query: Tensor, key: Tensor, value: Tensor, weights: Sequence[Tensor], bias: Tensor | None, project: Linear
+    query: Tensor, key: Tensor, value: Tensor, weights: Sequence[Tensor], bias: Tensor | None, project: Project
 ) -> tuple[Tensor, ...]:
     """q, k and v (*, E) by weights (E, E), (E, Ek) and (E, Ev); bias (3 * E,)."""
     biases = _split(bias, [weights[0].shape[0]] * 3)
-    return tuple(project(*part) for part in zip((query, key, value), weights, biases, strict=True))
+    return tuple(project(*part) for part in zip("qkv", (query, key, value), weights, biases, strict=True))
+
+
+def _project(which: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear(input, weight, bias)
 
 
 def _split(bias: Tensor | None, sizes: list[int]) -> Sequence[Tensor | None]:
@@ -282,9 +286,9 @@ def multi_head_attention_forward(
     if use_separate_proj_weight:
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         separate = [_given(*pair) for pair in zip(names, (q_proj_weight, k_proj_weight, v_proj_weight), strict=True)]
-        q, k, v = project_separately(query, key, value, separate, in_proj_bias, linear)
+        q, k, v = project_separately(query, key, value, separate, in_proj_bias, _project)
     else:
-        q, k, v = project_packed(query, key, value, _given("in_proj_weight", in_proj_weight), in_proj_bias, linear)
+        q, k, v = project_packed(query, key, value, _given("in_proj_weight", in_proj_weight), in_proj_bias, _project)
     merged, weights = attend_heads(
         *(q, k, v, num_heads),
         attn_mask=attn_mask,
