@@ -232,6 +232,32 @@ def test_padding_is_kept_where_torch_keeps_it(change: str) -> None:
     assert count_rows(ours, draw(N, L, E), **options) == 2 * N * L
 
 
+class OwnEncoder(nn.TransformerEncoder):
+    """Left alone by replace(), which makes twins of its layers."""
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_layers_take_nested_tensors(layout: torch.layout) -> None:
+    _, ours = build(nn.TransformerEncoderLayer)
+    sequences = [draw(n, E).detach() for n in (5, 1, 3)]
+    nested = ours(torch.nested.nested_tensor(sequences, layout=layout))
+    assert nested.layout == layout
+    for found, rows in zip(nested.unbind(), sequences, strict=True):
+        same(ours(rows[None])[0], found)
+
+
+def test_torchs_encoder_leaves_padding_out_around_our_layers() -> None:
+    theirs, _ = build(nn.TransformerEncoder)
+    theirs.__class__ = OwnEncoder
+    x, padding = draw(N, L, E).detach(), ends(6, 1, 3, length=L)
+    with torch.no_grad():
+        expected = theirs.eval()(x, src_key_padding_mask=padding)
+        report = handtuned.replace(theirs)
+        assert [row.type for row in report.left] == ["OwnEncoder"]
+        assert type(theirs.layers[0]) is handtuned.nn.TransformerEncoderLayer
+        same(expected, theirs(x, src_key_padding_mask=padding))
+
+
 # ---- what is fused, and what is not bypassed -------------------------------------------------------------------------
 
 

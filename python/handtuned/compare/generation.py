@@ -73,7 +73,9 @@ class Generation:
 
             return prepare
 
-        theirs, ours = (Side(lambda: run(self.module), fresh(switch)) for switch in (self.report.undo, self.report.redo))
+        theirs, ours = (
+            Side(lambda: run(self.module), fresh(switch)) for switch in (self.report.undo, self.report.redo)
+        )
         results = []
         for side in (theirs, ours):
             side.prepare()

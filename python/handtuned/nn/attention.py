@@ -62,7 +62,7 @@ class MultiheadAttention(KeepsPacked, torch.nn.MultiheadAttention):
         return self._project_back(merged), attention
 
     def attend_packed(self, rows: Tensor, starts: Tensor) -> Tensor:
-        """Self-attention of sequences packed one after the other, without masks or dropout; for TransformerEncoder.
+        """Self-attention of sequences packed one after the other, without masks; for the encoder's layers.
 
         rows: (T, E).   starts: (N + 1,), the first row of each sequence and T.   Returns (T, E).
         """
@@ -70,7 +70,7 @@ class MultiheadAttention(KeepsPacked, torch.nn.MultiheadAttention):
             x.unflatten(-1, (self.num_heads, -1))
             for x in project_packed(rows, rows, rows, self.in_proj_weight, self.in_proj_bias, self._project)
         )
-        output: Tensor = attention_varlen(q, k, v, starts, starts)
+        output: Tensor = attention_varlen(q, k, v, starts, starts, dropout_p=self.dropout if self.training else 0.0)
         return self._project_back(output.flatten(1))
 
     def _project(self, which: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -27,6 +27,9 @@ from .fusing import activated, activation_name, add_norm, add_projected, plain
 from .twins import constructor, twin
 
 
+# ---- what layers and stacks share -----------------------------------------------------------------------------------
+
+
 def _hidden(layer: Any, x: Tensor) -> Tensor:
     """dropout(activation(linear1(x)))."""
     return activated(x, layer.linear1, layer.activation, layer.dropout, activation_name(layer.activation))
@@ -72,7 +75,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         Args:
             src_mask: (L, L) or (N * nhead, L, L).   src_key_padding_mask: (N, L). Bool (True: hidden) or additive.
             is_causal: the hint that src_mask is causal, which is believed; src_mask then need not be given.
+
+        Without masks src may be nested, as torch's own TransformerEncoder leaves padding out; the result then is too.
         """
+        if src.is_nested and src_mask is None and src_key_padding_mask is None and not is_causal:
+            return self._nested(src)
 
         def attend(x: Tensor) -> Tensor:
             masks = dict(attn_mask=src_mask, key_padding_mask=src_key_padding_mask, is_causal=is_causal)
@@ -80,6 +87,16 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return attended
 
         return self.around(src, attend)
+
+    def _nested(self, src: Tensor) -> Tensor:
+        """Sequences without padding: their rows packed one after the other."""
+        sequences = src.unbind()
+        lengths = [len(rows) for rows in sequences]
+        starts = torch.tensor([0, *lengths]).cumsum(0)
+        attention: Any = self.self_attn
+        rows = self.around(torch.cat(sequences), lambda x: attention.attend_packed(x, starts))
+        nested: Tensor = torch.nested.as_nested_tensor(list(rows.split(lengths)), layout=src.layout)
+        return nested
 
     def around(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """The layer around any self-attention of rows (*, E)."""
