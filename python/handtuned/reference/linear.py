@@ -117,7 +117,7 @@ def linear_backward(
         if torch.is_grad_enabled():  # with its dependence on input, weight and bias
             z = F.linear(x, w, None if bias is None else _wide(bias))
         dz = dz * _derivative(z, activation)
-    rows, columns = dz.reshape(-1, dz.shape[-1]), x.reshape(-1, x.shape[-1])
+    rows, columns = (t.reshape(math.prod(t.shape[:-1]), t.shape[-1]) for t in (dz, x))
 
     def wanted(need: bool, grad: Tensor) -> Tensor:
         return grad.to(input.dtype) if need else grad.new_empty(0, dtype=input.dtype)

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
-from ...autograd import backward_op, wants_grad
-from ...backends import formula
+from ...autograd import backward_op, kernels_for, wants_grad
 from ...ops.linear import ACTIVATIONS
 from .norm import _draw_seed, _dropout, _or_none
 
@@ -84,7 +83,7 @@ def pack_linear_weight(weight: Tensor) -> Tensor:
         not follow later changes of weight, and carries no gradient.
     """
     with torch.no_grad():
-        packed: Tensor = formula("linear_pack", weight).linear_pack(weight)
+        packed: Tensor = kernels_for("linear_pack", weight).linear_pack(weight)
     return packed
 
 
@@ -124,7 +123,7 @@ def linear(
         before = weight
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
         packed = packed if weight.dtype == before.dtype else None
-    kernels = formula("linear", input)
+    kernels = kernels_for("linear", input)
     p = _dropout("linear", dropout_p, training) if dropout_p else 0.0
     seed = _draw_seed(input) if p > 0 else None
     if torch.is_grad_enabled() and wants_grad(kernels, input, weight, bias, residual):
