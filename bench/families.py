@@ -17,14 +17,18 @@ class Family:
 
     name: str
     title: str
-    peers: tuple[tuple[str, str], tuple[str, str]]
+    peers: tuple[tuple[str, str], ...]
     share: str
     notes: str
 
     @property
+    def numbers(self) -> range:
+        """The columns that hold numbers."""
+        return range(3, len(self.columns) - 1)
+
+    @property
     def columns(self) -> tuple[str, ...]:
-        (first, _), (second, _) = self.peers
-        measured = ("torch µs", "handtuned µs", "vs eager", first, second)
+        measured = ("torch µs", "handtuned µs", "vs eager", *(heading for heading, _ in self.peers))
         shown = (f"{self.share}: torch → ours", "faults: torch → ours", "target", "")
         return ("op", "dtype", "shape", *measured, *shown)
 
@@ -53,4 +57,17 @@ ATTENTION = Family(
     "4·heads·queries·keys·dim forward, pairs that are masked out not counted, 3.5 times that with the backward. "
     "Faults are page faults per call.",
 )
-FAMILIES = {family.name: family for family in (NORM, ATTENTION)}
+TRANSFORMER = Family(
+    "transformer",
+    "Transformer benchmarks",
+    (("vs fast path", "torch fast path"), ("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    "% of limit",
+    _COMMON
+    + "Shapes are batch x tokens x width; heads are 64 wide, 32 at width 384, feed-forwards four times the width. "
+    "torch eager is torch.nn's module with its fast path switched off, the fast path the same module as it comes. "
+    "torch.compile takes the parameters for constants in forward rows. onnxruntime's graph is made of its own fused "
+    "nodes. The limit is the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor "
+    "multiplies bf16 with, measured in the same run; operations are useful ones, those of padding not counted. Faults "
+    "are page faults per call.",
+)
+FAMILIES = {family.name: family for family in (NORM, ATTENTION, TRANSFORMER)}

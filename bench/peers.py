@@ -33,6 +33,22 @@ class OnnxNode:
 
 
 @dataclass(frozen=True)
+class OnnxModel:
+    """A graph of nodes (type, domain, inputs, output, attributes) from "input0", the case's first input, to `last`.
+
+    The case's other inputs are parameters, whose values the graph holds: `weights`.
+    """
+
+    nodes: tuple[tuple[str, str, tuple[str, ...], str, dict[str, Any]], ...]
+    weights: dict[str, Tensor]
+    last: str
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return (self.last,)
+
+
+@dataclass(frozen=True)
 class Case:
     """One op on one set of tensors. `grad_outputs` None: forward only, without autograd."""
 
@@ -43,11 +59,13 @@ class Case:
     ours: Function
     inputs: Tensors
     grad_outputs: Tensors | None = None
-    onnx: OnnxNode | None = None
+    onnx: OnnxNode | OnnxModel | None = None
     no_compile: str = ""  # why torch.compile is left out, if it is
     random: bool = False  # no two runs give the same result
     math: Function | str = "has no such op"  # torch's unfused attention, or why not
     flex: Function | str = "has no such op"  # flex_attention, not yet compiled, or why not
+    fast_path: bool = False  # torch's modules have one for it
+    freeze: bool = False  # torch.compile may take the parameters for constants
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -86,6 +104,34 @@ class Eager:
     pool = "openmp"
 
     def prepare(self, case: Case) -> Callable[[], Tensors]:
+        return case.bind(case.eager)
+
+
+class WithoutFastPath(Eager):
+    """torch's modules as they train, without the fused inference of whole layers."""
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        call = case.bind(case.eager)
+
+        def without() -> Tensors:
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                return call()
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+
+        return without
+
+
+class FastPath:
+    """torch's modules as they are called for inference: whole layers fused, padding left out as nested tensors."""
+
+    name = "torch fast path"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if not case.fast_path:
+            raise Unavailable("forward only")
         return case.bind(case.eager)
 
 
@@ -133,7 +179,7 @@ def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     torch._dynamo.reset()
     call = case.bind(torch.compile(function, dynamic=False, fullgraph=True))
     try:
-        with case.mode():
+        with case.mode(), torch._inductor.config.patch(freezing=case.freeze):
             call()
     except Exception as error:
         raise Unavailable(f"torch.compile failed: {_first_line(error)}") from error
@@ -158,7 +204,8 @@ class OnnxRuntime:
         except ImportError as error:
             raise Unavailable(f"not installed: {error}") from error
 
-        tensors = [tensor.detach() for tensor in case.inputs]
+        inputs = case.inputs if isinstance(case.onnx, OnnxNode) else case.inputs[:1]
+        tensors = [tensor.detach() for tensor in inputs]
         kind = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}[case.dtype]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -189,18 +236,28 @@ class OnnxRuntime:
         return call
 
 
-def _model(node: OnnxNode, kind: int, tensors: list[Tensor]) -> bytes:
-    from onnx import helper
+def _model(graph: OnnxNode | OnnxModel, kind: int, tensors: list[Tensor]) -> bytes:
+    from onnx import helper, numpy_helper
 
     names = [f"input{i}" for i in range(len(tensors))]
-    graph = helper.make_graph(
-        [helper.make_node(node.op_type, names, node.outputs, domain=node.domain, **node.attributes)],
+    if isinstance(graph, OnnxNode):
+        nodes = [helper.make_node(graph.op_type, names, graph.outputs, domain=graph.domain, **graph.attributes)]
+        weights = []
+    else:
+        nodes = [
+            helper.make_node(op_type, inputs, [output], domain=domain, **attributes)
+            for op_type, domain, inputs, output, attributes in graph.nodes
+        ]
+        weights = [numpy_helper.from_array(weight.numpy(), name) for name, weight in graph.weights.items()]
+    made = helper.make_graph(
+        nodes,
         "case",
         [helper.make_tensor_value_info(name, kind, t.shape) for name, t in zip(names, tensors, strict=True)],
-        [helper.make_tensor_value_info(name, kind, tensors[0].shape) for name in node.outputs if name],
+        [helper.make_tensor_value_info(name, kind, tensors[0].shape) for name in graph.outputs if name],
+        weights,
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    model: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
     return model
 
 
@@ -212,3 +269,4 @@ OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
+TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())

@@ -19,7 +19,6 @@ from .families import FAMILIES, NORM, Family
 
 Row = dict[str, Any]
 
-NUMBERS = range(3, 11)  # columns that are aligned to the right
 EAGER, OURS = "torch eager", "handtuned"
 
 
@@ -116,7 +115,7 @@ def cells(row: Row, family: Family = NORM) -> list[str]:
     shape = "x".join(map(str, row["shape"]))
     peers = row["peers"]
     if row["status"] != "ok":
-        return [row["op"], row["dtype"], shape, *["–"] * 7, "", row["status"]]
+        return [row["op"], row["dtype"], shape, *["–"] * (len(family.numbers) - 1), "", row["status"]]
     return [
         row["op"],
         row["dtype"],
@@ -182,7 +181,7 @@ def terminal(run: Run, colour: bool) -> str:
 
     table = Table(title=f"{run.title} — ratio: peer's time / handtuned's, median (10–90 %)")
     for i, column in enumerate(run.family.columns):
-        table.add_column(column, justify="right" if i in NUMBERS else "left", no_wrap=True)
+        table.add_column(column, justify="right" if i in run.family.numbers else "left", no_wrap=True)
     for row in run.rows:
         bad = row["status"] != "ok" or losing(row)
         table.add_row(*cells(row, run.family), style="red" if bad else "yellow" if verdict(row) == "missed" else "")
@@ -208,7 +207,9 @@ def markdown(runs: Sequence[Run]) -> str:
             *(f"{text}.\n" for text in (summary(run), *disturbed(run))),
             "| " + " | ".join(family.columns) + " |",
         ]
-        lines.append("|" + "|".join(" ---: " if i in NUMBERS else " --- " for i in range(len(family.columns))) + "|")
+        lines.append(
+            "|" + "|".join(" ---: " if i in family.numbers else " --- " for i in range(len(family.columns))) + "|"
+        )
         lines += ["| " + " | ".join(cells(row, family)) + " |" for row in run.rows]
         lines += ["", *[f"- {reason}" for reason in left_out(run)], "", f"Machine: {facts_line(run)}.", ""]
     return "\n".join(lines)
@@ -237,7 +238,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 
 def _html_table(run: Run) -> str:
     columns = run.family.columns
-    align = ['class="n"' if i in NUMBERS else "" for i in range(len(columns))]
+    align = ['class="n"' if i in run.family.numbers else "" for i in range(len(columns))]
     head = "".join(f"<th {a}>{html.escape(name)}</th>" for a, name in zip(align, columns, strict=True))
     body = []
     for row in run.rows:

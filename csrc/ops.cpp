@@ -63,4 +63,22 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       " float dropout_p, Tensor? seed, bool need_query, bool need_key, bool need_value, bool need_mask,"
       " bool need_sinks)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, Tensor grad_sinks)");
+
+  // output = dropout(activation(input weight^T + bias)) + residual; weight [N, K], input [*, K], residual [*, N].
+  // activation: 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu. preactivation is input weight^T + bias, of shape [0] where
+  // there is no activation. packed: what linear_pack made of weight, [panels, steps, 64, 2 for bfloat16 else 1].
+  m.def("linear_pack(Tensor weight) -> Tensor output");
+  m.def(
+      "linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? packed, int activation,"
+      " float dropout_p, Tensor? seed)"
+      " -> (Tensor output, Tensor preactivation)");
+  m.def(
+      "linear_inference(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor? packed, int activation,"
+      " float dropout_p, Tensor? seed)"
+      " -> Tensor output");
+  // bias serves derivatives of the backward alone. The gradient of residual is grad_output.
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor preactivation,"
+      " int activation, float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -14,17 +15,34 @@ from typer.testing import CliRunner
 
 import handtuned
 from handtuned import cli
-from handtuned.compare import Comparison, models, report
+from handtuned.compare import Comparison, generation, models, report
 from handtuned.compare.page import page
 from handtuned.compare.sentences import SENTENCES
 
 GROUPS = {
     "embeddings.LayerNorm": 1,
-    "encoder.layer.*.attention.output.LayerNorm": 6,
-    "encoder.layer.*.output.LayerNorm": 6,
+    "encoder.layer.*.attention.self.query": 6,
+    "encoder.layer.*.attention.self.key": 6,
+    "encoder.layer.*.attention.self.value": 6,
+    "encoder.layer.*.attention.output": 6,
+    "encoder.layer.*.intermediate": 6,
+    "encoder.layer.*.output": 6,
+    "pooler.dense": 1,
 }
 ATTENTION = ["attention, batch 1", "attention, batch 4", "attention, batch 8"]  # with --batch 4
-WHOLE = ["whole model", *(f"whole model, attention too, batch {batch}" for batch in (1, 4, 8))]
+WHOLE = [f"whole model, batch {batch}" for batch in (1, 4, 8)]
+GENERATION = ["generation, prefill", "generation, decode"]
+# The ops of one module's forward.
+SERVED = {
+    "LayerNorm": {"layer_norm": 1},
+    "Linear": {"linear": 1},
+    "BertSelfOutput": {"linear": 1, "add_layer_norm": 1},
+    "BertIntermediate": {"linear": 1},
+    "BertOutput": {"linear": 1, "add_layer_norm": 1},
+    "BertSelfAttention": {"attention": 1},
+    "BertModel": {"linear": 37, "layer_norm": 1, "add_layer_norm": 12, "attention": 6},
+    "GPT2LMHeadModel": {"linear": 25, "layer_norm": 13, "attention": 6},
+}
 
 
 def run(*args: str, **environment: str):
@@ -60,23 +78,26 @@ def test_every_replaced_module_and_the_attention_have_a_row_each_way(compared):
     found = [(row.name, row.direction, len(row.modules)) for row in rows]
     groups = GROUPS | dict.fromkeys(ATTENTION, 6)
     both = [(name, way, count) for name, count in groups.items() for way in ("forward", "forward+backward")]
-    assert found == both + [(name, "forward", 0) for name in WHOLE]
-    names = [name for row in rows if row.direction == "forward" and row.name in GROUPS for name in row.modules]
-    assert sorted(names) == sorted(row.name for row in handtuned.replace(models.minilm().module).replaced)
+    assert found == both + [(name, "forward", 0) for name in WHOLE + GENERATION]
+    names = {name for row in rows if row.direction == "forward" and row.name in GROUPS for name in row.modules}
+    replaced = {row.name for row in handtuned.replace(models.minilm().module).replaced}
+    assert all(name in names or name.rpartition(".")[0] in names for name in replaced)
 
 
 def test_attention_is_measured_on_the_inputs_of_each_layer(compared):
     rows = {row.name: row for row in compared[1].rows if row.direction == "forward"}
     for name, batch in zip(ATTENTION, (1, 4, 8), strict=True):
         assert rows[name].modules == [f"encoder.layer.{layer}.attention.self" for layer in range(6)]
-        assert rows[name].shape == [batch, 12, rows[f"whole model, attention too, {name[11:]}"].shape[1], 32]
+        assert rows[name].shape == [batch, 12, rows[f"whole model, {name[11:]}"].shape[1], 32]
 
 
 def test_errors_hold_the_numerics_contract(compared):
     eps = torch.finfo(torch.float32).eps
     for row in compared[1].rows:
         # What rounds differently each time: scores, which a softmax makes larger, and the layers in between.
-        rounding = {**dict.fromkeys(ATTENTION, 4 * eps), **dict.fromkeys(WHOLE, 8 * eps)}.get(row.name, eps)
+        rounding = {**dict.fromkeys(ATTENTION, 4 * eps), **dict.fromkeys(WHOLE + GENERATION, 8 * eps)}.get(
+            row.name, eps
+        )
         assert 0 < row.error_handtuned <= 1.5 * row.error_torch + rounding, row
         assert row.error_torch < 1e-4, row
         if row.name in WHOLE:
@@ -94,13 +115,24 @@ def test_times_and_ratios_are_of_the_rounds(compared):
 def test_each_call_names_its_kernel(compared):
     isa = handtuned.info().isa
     for row in compared[1].rows:
-        norms = {"layer_norm_inference": len(row.modules) or 13} if row.name not in ATTENTION else {}
-        served = norms | ({"attention": 6} if "attention, batch" in row.name or "too" in row.name else {})
+        times = len(row.modules) or (generation.NEW if row.name == "generation, decode" else 1)
+        expected = Counter({op: count * times for op, count in SERVED[row.kind].items()})
         if row.direction == "forward+backward":
-            names = [name.removesuffix("_inference") for name in served]
-            served = {name + way: len(row.modules) for name in names for way in ("", "_backward")}
-        assert {k.op: k.calls for k in row.kernels} == served
+            expected.update({f"{op}_backward": count for op, count in list(expected.items())})
+        found: Counter[str] = Counter()
+        for kernel in row.kernels:
+            if kernel.op != "linear_pack":
+                found[kernel.op.removesuffix("_inference")] += kernel.calls
+        assert found == expected, row.name
         assert {(k.backend, k.kernel) for k in row.kernels} == {("cpu", isa)}
+
+
+def test_generation_is_told_in_tokens_per_second(compared):
+    result, comparison, _ = compared
+    rows = {row.name: row for row in comparison.rows if row.tokens}
+    assert {name: row.tokens for name, row in rows.items()} == generation.ROWS
+    for row in rows.values():
+        assert f"{row.tokens / row.seconds_handtuned:.0f} with handtuned" in " ".join(result.stdout.split())
 
 
 def test_the_table_shows_what_the_json_holds(compared):
@@ -225,7 +257,8 @@ def test_dtype_module_and_threads(tmp_path):
     eps = torch.finfo(torch.bfloat16).eps
     for row in comparison.rows:
         assert 1e-4 < row.error_handtuned <= 1.5 * row.error_torch + eps, row
-    assert "whole model (" not in result.stdout
+    assert "whole model, batch" not in result.stdout
+    assert "generation" not in result.stdout
 
 
 @pytest.mark.parametrize(

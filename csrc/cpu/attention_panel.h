@@ -19,8 +19,6 @@ inline constexpr int kMaxPanel = 2 * kLanes<float>;
 static_assert(kAttentionTile % kMaxPanel == 0);
 inline constexpr int64_t kKeyBlock = kDropoutBlock;  // keys whose scores a panel holds at a time
 
-HT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-HT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // Width in whole vectors, in elements.
 template <class A>
 HT_INLINE int64_t padded(int64_t width) {

@@ -45,17 +45,6 @@ inline constexpr int64_t kShortRow = 4 << 10;
 // cols rounded up to what dropout_row() writes.
 inline int64_t dropout_pitch(int64_t cols) { return (cols + kDropoutBlock - 1) / kDropoutBlock * kDropoutBlock; }
 
-template <class T>
-HT_INLINE T* row_of(const StridedRows& rows, int64_t i) {
-  T* p = static_cast<T*>(rows.data);
-  if (rows.ndim == 1) return p + i * rows.stride[0];
-  for (int d = rows.ndim - 1; d >= 0; --d) {
-    p += i % rows.size[d] * rows.stride[d];
-    i /= rows.size[d];
-  }
-  return p;
-}
-
 // A [cols] parameter as A*: in place when it has that type already, else converted into `scratch` [norm_pitch], in row
 // order; `fill` if absent.
 // Beside bf16 rows a float32 parameter is copied all the same, for the sake of its NaNs (see round_bf16).

@@ -14,6 +14,21 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
+HT_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+HT_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Row i of a strided tensor.
+template <class T>
+HT_INLINE T* row_of(const StridedRows& rows, int64_t i) {
+  T* p = static_cast<T*>(rows.data);
+  if (rows.ndim == 1) return p + i * rows.stride[0];
+  for (int d = rows.ndim - 1; d >= 0; --d) {
+    p += i % rows.size[d] * rows.stride[d];
+    i /= rows.size[d];
+  }
+  return p;
+}
+
 struct Pair {
   f32 even, odd;
 };

@@ -1,4 +1,4 @@
-"""A transformers model's attention: switched between torch's and handtuned's in place, and caught call by call."""
+"""A transformers model's attention, caught call by call, to be run by torch's implementation and handtuned's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Served(torch.nn.Module):
 
 
 class Attention:
-    """The attention of one transformers model, torch's until `use_ours`."""
+    """The attention of one transformers model, left with torch's implementation."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         from transformers import AttentionInterface
@@ -55,9 +55,6 @@ class Attention:
 
     def use_theirs(self) -> None:
         self.module.set_attn_implementation(THEIRS)
-
-    def use_ours(self) -> None:
-        self.module.set_attn_implementation(integration.NAME)
 
     def catch(self, run: Callable[[], Any]) -> list[Subject]:
         """Every attention of run() with both implementations, each with the mask that it gets in the model."""

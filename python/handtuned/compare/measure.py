@@ -73,9 +73,9 @@ class Subject:
     output_grads: list[Tensor]  # fixed random ones
 
     @classmethod
-    def of(cls, row: Replaced, args: Any, kwargs: Any) -> Subject:
-        theirs, ours = copy.copy(row.module), copy.copy(row.module)
-        theirs.__class__, ours.__class__ = row.before, row.after
+    def of(cls, row: Replaced, rows: list[Replaced], args: Any, kwargs: Any) -> Subject:
+        """rows: all that were replaced, among them what is inside of this one."""
+        theirs, ours = _sides(row, rows)
         args, kwargs = map_floats(lambda t: t.requires_grad_(), (args, kwargs))
         wanted = [*float_tensors((args, kwargs)), *theirs.parameters()]
         generator = torch.Generator().manual_seed(0)
@@ -112,6 +112,18 @@ class Subject:
         wanted = [*float_tensors((args, kwargs)), *module.parameters()]
         grads = [grad.double() for grad in self.output_grads]
         return Subject(self.name, self.kind, module, module, args, kwargs, wanted, grads)
+
+
+def _sides(row: Replaced, rows: list[Replaced]) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Two copies of a module that share its parameters, one all torch's, in the other all that has a twin is it."""
+    shared: dict[int, Any] = {id(t): t for t in (*row.module.parameters(), *row.module.buffers())}
+    theirs, ours = (copy.deepcopy(row.module, dict(shared)) for _ in range(2))
+    for inside in rows:
+        if inside.name == row.name or inside.name.startswith(f"{row.name}."):
+            name = inside.name[len(row.name) + 1 :]
+            theirs.get_submodule(name).__class__ = inside.before
+            ours.get_submodule(name).__class__ = inside.after
+    return theirs, ours
 
 
 def catch_inputs(replaced: list[Replaced], run: Callable[[], Any]) -> dict[str, tuple[Any, Any]]:

@@ -59,6 +59,15 @@ def minilm() -> Model:
 MODELS: tuple[Callable[[], Model], ...] = (minilm,)
 
 
+def small_gpt2() -> torch.nn.Module:
+    """GPT-2 with 6 layers of width 768, as distilgpt2 has them, with random weights, which take the same time."""
+    transformers = _transformers()
+    torch.manual_seed(0)
+    config: Any = transformers.GPT2Config(n_layer=6, bos_token_id=0, eos_token_id=0)
+    module: torch.nn.Module = transformers.GPT2LMHeadModel(config)
+    return module.eval()
+
+
 def _sentence_embeddings(module: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Mean of the last hidden states over a sentence's tokens, scaled to length 1: (batch, width)."""
     hidden: Tensor = module(**inputs).last_hidden_state

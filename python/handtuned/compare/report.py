@@ -55,6 +55,12 @@ def notes(comparison: Comparison) -> list[str]:
                 f"{row.cosine.between_sides:.1e}; to float64, torch {row.cosine.torch:.1e}, "
                 f"handtuned {row.cosine.handtuned:.1e}."
             )
+    for row in comparison.rows:
+        if row.tokens:
+            found.append(
+                f"{name_text(row)}: {row.tokens / row.seconds_torch:.0f} tokens per second with torch, "
+                f"{row.tokens / row.seconds_handtuned:.0f} with handtuned."
+            )
     found.append(f"kernels: {'; '.join(_served(comparison.rows))}.")
     if comparison.left:
         found.append("not compared: " + "; ".join(f"{x.name} ({x.type}): {x.why}" for x in comparison.left) + ".")

@@ -9,8 +9,8 @@ Its keys, and what they hold:
     rows          one per pass of a group of modules or of a whole model:
         model             the pretrained model's name
         name              module name, with * for the numbers in which the modules of a group differ; "attention,
-                          batch <n>": what handtuned.integrations.transformers serves; "whole model": with the replaced
-                          modules; "whole model, attention too, batch <n>"
+                          batch <n>"; "whole model, batch <n>": all of it; "generation, prefill": a prompt, "generation,
+                          decode": tokens one by one behind it
         modules           the names of the modules measured; empty for a whole model
         kind              the replaced class; of attention, the class that calls it
         shape             of the first input: (batch, tokens, width); of attention: (batch, heads, tokens, width of a
@@ -27,6 +27,7 @@ Its keys, and what they hold:
         kernels           list of op, backend, kernel, calls: what served each call in one pass over the row's modules
         cosine            whole model: largest 1 - cosine between results of torch and handtuned (between_sides), and
                           of each and the float64 run (torch, handtuned); null for modules
+        tokens            generation: tokens of one call, a prompt's or those decoded; null for all others
     left          list of name, type, why: modules that stayed torch's or were not called
 """
 
@@ -104,6 +105,7 @@ class Row:
     ratios: list[float]
     kernels: list[Kernel]
     cosine: Cosine | None = None
+    tokens: int | None = None
 
     @property
     def title(self) -> str:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..replace import replace
+from ..integrations import transformers as integration
 from .attention import BATCHES, Attention
 from .measure import Side, Subject, catch_inputs, cosine_distance, interleave, kernels, relative_error
 from .models import Model
@@ -43,7 +43,7 @@ class Runner:
         self.inputs = {batch: model.inputs(batch) for batch in {*BATCHES, settings.batch}}
         self.module = model.module.to(DTYPES[settings.dtype])
         progress("catching the modules' inputs", 0.0)
-        self.report = replace(self.module)
+        self.report = integration.replace(self.module)
         self.report.undo()
         self.attention = Attention(self.module)
         self.left = [Left(row.name, row.type, row.why) for row in self.report.left]
@@ -67,24 +67,25 @@ class Runner:
                 stage = f"{title(name, len(subjects))}, {direction}"
                 steps.append(Step(stage, 1, partial(self._module_row, name, subjects, backward)))
         if self.settings.module is None:  # a round of the whole model takes long, so it gets more time
-            stage = f"whole model, {self.model.name}"
-            steps.append(Step(stage, 6, partial(self._model_row, "whole model", self.settings.batch, False)))
             for batch in sorted(self.inputs):
-                name = f"whole model, attention too, batch {batch}"
-                steps.append(Step(name, 2 if batch == 1 else 4, partial(self._model_row, name, batch, True)))
+                name = f"whole model, batch {batch}"
+                steps.append(Step(name, 2 if batch == 1 else 6, partial(self._model_row, name, batch)))
         return steps
 
     # ---- modules ----
 
     def _groups(self) -> dict[str, list[Subject]]:
-        """Modules of one kind, on inputs of one shape, whose names differ in numbers only."""
-        caught = catch_inputs(self.report.replaced, self._run(self.settings.batch))
+        """Modules of one kind, on inputs of one shape, whose names differ in numbers only; without what is in them."""
+        rows = self.report.replaced
+        names = tuple(f"{row.name}." for row in rows)
+        outer = [row for row in rows if not any(row.name.startswith(name) for name in names)]
+        caught = catch_inputs(outer, self._run(self.settings.batch))
         groups: dict[tuple[str, str, tuple[int, ...]], list[Subject]] = {}
-        for row in self.report.replaced:
+        for row in outer:
             if row.name not in caught:
                 self.left.append(Left(row.name, row.before.__name__, "replaced, but this input does not reach it"))
                 continue
-            subject = Subject.of(row, *caught[row.name])
+            subject = Subject.of(row, rows, *caught[row.name])
             pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.name)
             groups.setdefault((pattern, subject.kind, tuple(subject.shape)), []).append(subject)
         patterns = [pattern for pattern, _, _ in groups]
@@ -129,29 +130,17 @@ class Runner:
     def _run(self, batch: int) -> Callable[[], Tensor]:
         return torch.no_grad()(lambda: self.model.result(self.module, self.inputs[batch]))
 
-    def _use_theirs(self) -> None:
-        self.report.undo()
-        self.attention.use_theirs()
-
-    def _use_ours(self, attention: bool) -> None:
-        self.report.redo()
-        if attention:
-            self.attention.use_ours()
-
-    def _model_row(
-        self, name: str, batch: int, attention: bool, progress: Callable[[float], None], seconds: float
-    ) -> Row:
-        """attention: whether handtuned serves that too, besides the replaced modules."""
-        run, use_ours = self._run(batch), partial(self._use_ours, attention)
+    def _model_row(self, name: str, batch: int, progress: Callable[[float], None], seconds: float) -> Row:
+        run = self._run(batch)
         with torch.no_grad():
             exact = self.model.result(copy.deepcopy(self.module).double(), self.inputs[batch])
         theirs = run()
-        use_ours()
+        self.report.redo()
         ours = run()
         served = kernels(run)
-        sides = Side(run, self._use_theirs), Side(run, use_ours)
+        sides = Side(run, self.report.undo), Side(run, self.report.redo)
         timing = interleave(*sides, seconds, self.settings.rounds, progress)
-        self._use_theirs()
+        self.report.undo()
         return Row(
             model=self.model.name,
             name=name,

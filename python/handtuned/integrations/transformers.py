@@ -1,11 +1,13 @@
-"""Hugging Face transformers' attention served by handtuned.
+"""Hugging Face transformers' models served by handtuned: all of one, or its attention alone.
 
-    from handtuned.integrations.transformers import register
+    from handtuned.integrations.transformers import register, replace
+
+    report = replace(model)                 # attention, linears, norms, feed-forwards; report.undo() takes it back
 
     model = AutoModel.from_pretrained(folder, attn_implementation=register())
     model.set_attn_implementation("sdpa")   # and back, at any time
 
-It serves every model whose attention goes through transformers' attention interface: with padding, causal, sliding
+The attention serves every model that takes it from transformers' attention interface: with padding, causal, sliding
 window or custom masks, grouped heads, a key-value cache, soft-capped scores, sinks, position biases and dropout,
 forward and backward. Masks are those of the "sdpa" implementation, except that the padding of a bidirectional model
 keeps one row instead of a row for each query. A query that may attend to no key gives 0, where "eager" averages over
@@ -20,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..nn.functional import attention_weights, scaled_dot_product_attention
+from ..replace import Left, Report, find_twin, replace_by
+from .transformers_blocks import find_block
 
 NAME = "handtuned"
 OLDEST = "4.53"  # the first version with an interface for masks
@@ -45,6 +49,57 @@ def register(name: str = NAME) -> str:
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     return name
+
+
+class ModelReport(Report):
+    """What replace() did to a model of transformers; undo() and redo() switch its attention too."""
+
+    attention_before: str | None = None
+
+    def undo(self) -> None:
+        super().undo()
+        if self.attention_before is not None:
+            self.model.set_attn_implementation(self.attention_before)  # type: ignore[operator]
+
+    def redo(self) -> None:
+        super().redo()
+        if self.attention_before is not None:
+            self.model.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) -> ModelReport:
+    """handtuned.replace() for a model of transformers: its attention and the modules of its own too, in place.
+
+    Besides what has a twin in handtuned.nn, these become twins, whatever model they belong to: RMSNorms (also Gemma's,
+    which keep the weight less 1), Conv1D, feed-forwards with relu, gelu or silu (the activation moves into the
+    product), and the linear, dropout, add and LayerNorm at the end of BERT's blocks. See transformers_blocks. A model
+    with such twins is saved with save_pretrained or by its state_dict; to be pickled, it has to be undone first.
+
+    Args:
+        model: a PreTrainedModel.
+        check, strict: as in handtuned.replace; check is usually a dict, what a tokenizer returned.
+
+    Returns:
+        The report, with .undo(). An attention that stays is among .left.
+    """
+    register()
+    report = ModelReport(model)
+    report.attention_before = _attention_taken_from_interface(model)
+    if report.attention_before is None:
+        why = "its attention is not taken from transformers' attention interface"
+        report.left.append(Left("(attention)", type(model).__name__, why))
+    return replace_by(lambda module: find_block(module) or find_twin(module), report, check, strict)
+
+
+def _attention_taken_from_interface(model: Any) -> str | None:
+    """The implementation that a model has, if it can have another; found by trying."""
+    if not hasattr(model, "set_attn_implementation"):
+        return None
+    before: str | None = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    taken: bool = model.config._attn_implementation == NAME
+    model.set_attn_implementation(before)
+    return before if taken else None
 
 
 def mask(**arguments: Any) -> Tensor | None:

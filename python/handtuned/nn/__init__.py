@@ -1,6 +1,33 @@
 """Twins of torch.nn's modules: the same constructors, parameters and state_dict; only forward differs."""
 
 from . import functional
+from .attention import MultiheadAttention
+from .feed_forward import GEGLU, SwiGLU
+from .linear import Linear
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .positional import SinusoidalPositionalEncoding
+from .transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["AddLayerNorm", "AddRMSNorm", "LayerNorm", "RMSNorm", "functional"]
+__all__ = [
+    "GEGLU",
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "LayerNorm",
+    "Linear",
+    "MultiheadAttention",
+    "RMSNorm",
+    "SinusoidalPositionalEncoding",
+    "SwiGLU",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+    "functional",
+]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from . import functional as F
+from .twins import twin
 
 
+@twin
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm: same constructor, same initial weights, same state_dict. Input (*, *normalized_shape)."""
 
@@ -20,6 +22,7 @@ class LayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+@twin
 class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm: same constructor, same initial weights, same state_dict. Input (*, *normalized_shape)."""
 

@@ -9,6 +9,14 @@ from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
 from .common import Arguments
+from .linear import (
+    LINEAR_OPS,
+    LinearArguments,
+    linear,
+    linear_backward,
+    linear_inference,
+    linear_pack,
+)
 from .norm import (
     NORM_OPS,
     NormArguments,
@@ -24,10 +32,16 @@ from .norm import (
     rms_norm_inference,
 )
 
-OPS = {**NORM_OPS, **ATTENTION_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS}
+_FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
+    (NORM_OPS, NormArguments),
+    (ATTENTION_OPS, AttentionArguments),
+    (LINEAR_OPS, LinearArguments),
+)
 
 __all__ = [
     "ATTENTION_OPS",
+    "LINEAR_OPS",
     "NORM_OPS",
     "OPS",
     "add_layer_norm",
@@ -40,6 +54,10 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_inference",
+    "linear",
+    "linear_backward",
+    "linear_inference",
+    "linear_pack",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
@@ -48,6 +66,7 @@ __all__ = [
 
 def arguments(op: str, args: tuple[Any, ...]) -> Arguments:
     """An op's positional arguments by name, checked: RuntimeError if they are not what it takes."""
-    found = (NormArguments if op in NORM_OPS else AttentionArguments)(OPS[op], args)
+    kind = next(kind for names, kind in _FAMILIES if op in names)
+    found = kind(OPS[op], args)
     found.check()
     return found

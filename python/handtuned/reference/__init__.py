@@ -2,6 +2,7 @@
 backward and devices without a kernel. Differentiable, any dtype, any device, no speed claimed."""
 
 from .attention import attention, attention_backward
+from .linear import linear, linear_backward, linear_inference, linear_pack
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -27,6 +28,10 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_inference",
+    "linear",
+    "linear_backward",
+    "linear_inference",
+    "linear_pack",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",

@@ -3,7 +3,10 @@
 from .attention import attention_varlen, scaled_dot_product_attention
 from .attention_tools import attention_weights, merge_attention
 from .kv_cache import attention_with_kv_cache
+from .linear import linear, pack_linear_weight
+from .multi_head_attention import multi_head_attention_forward
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rotary import rotary_embedding, rotary_tables
 
 __all__ = [
     "add_layer_norm",
@@ -12,7 +15,12 @@ __all__ = [
     "attention_weights",
     "attention_with_kv_cache",
     "layer_norm",
+    "linear",
     "merge_attention",
+    "multi_head_attention_forward",
+    "pack_linear_weight",
     "rms_norm",
+    "rotary_embedding",
+    "rotary_tables",
     "scaled_dot_product_attention",
 ]

@@ -1,0 +1,31 @@
+#include "linear.h"
+
+#include "kernels.h"
+#include "linear_backward.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+// Calls use(T()) with the tensors' type.
+template <class Use>
+static void with_tensors(DType dtype, Use use) {
+  switch (dtype) {
+    case DType::f32: return use(float());
+    case DType::f64: return use(double());
+    case DType::bf16: return use(bf16());
+    case DType::f16: return use(f16());
+  }
+}
+
+void linear_pack(const LinearPack& p) {
+  with_tensors(p.dtype, [&](auto t) { linear_pack_in<decltype(t)>(p); });
+}
+
+void linear_forward(const LinearForward& p) {
+  with_tensors(p.dtype, [&](auto t) { linear_forward_in<decltype(t)>(p); });
+}
+
+void linear_backward(const LinearBackward& p) {
+  with_tensors(p.dtype, [&](auto t) { linear_backward_in<decltype(t)>(p); });
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

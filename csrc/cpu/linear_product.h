@@ -1,0 +1,123 @@
+// The one product of the linear family, for any number of rows:
+//
+//   C[r][c] = sum_d B[r][d] A[d][c],   B: rows of a tensor, or its columns;   A: packed panels of columns (linear.h)
+//
+// Plan: pieces of work are (block of rows, group of panels). A piece goes through the summed dimension in blocks; in
+// each, a panel's block of A (kBlockSteps x kLinearPanel, in L1 or L2) is used for all rows of the piece, and B's
+// block (in L2) for all its panels. C of the piece stays in L2 until its last block, then each row is finished and
+// stored while it is in the cache. Shapes alone decide the cut, so results do not depend on the number of threads.
+#pragma once
+#include "gemm.h"
+#include "linear_pack.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+inline constexpr int64_t kBlockSteps = 256;
+inline constexpr int64_t kMostRows = 192, kMostPanels = 4;  // of a piece
+inline constexpr int64_t kWantedPieces = 16;
+
+struct ProductCut {
+  int64_t panels, rows, row_blocks, groups;  // of a piece: panels, rows; and how many pieces
+  ProductCut(int64_t all_rows, int64_t columns) {
+    const int64_t all_panels = linear_panels(columns);
+    int64_t most_rows = kMostRows;
+    panels = kMostPanels;
+    auto cut = [&] {
+      row_blocks = (all_rows + most_rows - 1) / most_rows;
+      groups = (all_panels + panels - 1) / panels;
+      return row_blocks * groups >= kWantedPieces;
+    };
+    while (!cut() && (panels > 1 || most_rows > kMostRows / 4)) panels > 1 ? panels /= 2 : most_rows /= 2;
+    constexpr int64_t block = kBlockRows<2>;
+    rows = ((all_rows + row_blocks - 1) / most(row_blocks, 1) + block - 1) / block * block;
+  }
+};
+
+// Too little work to wake other threads for.
+inline bool is_small(double rows, double columns, double depth) { return 2 * rows * columns * depth < 1 << 19; }
+
+// B from rows of a tensor: in place where they can be read as elements one row_stride apart, else copied by blocks.
+template <class T>
+struct LeftRows {
+  using E = Factor<T>;
+  const StridedRows& rows;
+  int64_t depth;
+
+  Broadcast<E> block(int64_t r, int64_t n, int64_t s, int64_t steps, E* buffer) const {
+    constexpr bool same = kStep<T> == 2 || std::is_same_v<T, E>;
+    if (same && rows.ndim == 1 && depth % kStep<T> == 0 && rows.stride[0] % kStep<T> == 0)
+      return {reinterpret_cast<const E*>(row_of<T>(rows, r)) + s, rows.stride[0] / kStep<T>, 1};
+    const int64_t numbers = least(steps * kStep<T>, depth - s * kStep<T>);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* from = row_of<T>(rows, r + i) + s * kStep<T>;
+      E* to = buffer + i * steps;
+      if constexpr (same) {
+        if (numbers < steps * kStep<T>) to[steps - 1] = E{};
+        __builtin_memcpy(to, from, numbers * sizeof(T));
+      } else {
+        for (int64_t k = 0; k < numbers; k += kLanes<float>)
+          store_first(to + k, load_first(from + k, numbers - k), numbers - k);
+      }
+    }
+    return {buffer, steps, 1};
+  }
+};
+
+// B from columns of a tensor: its transpose.
+template <class T>
+struct LeftColumns {
+  using E = Factor<T>;
+  const StridedRows& rows;
+  int64_t depth;  // how many rows
+
+  Broadcast<E> block(int64_t r, int64_t n, int64_t s, int64_t steps, E* buffer) const {
+    constexpr int64_t L = kLanes<Accumulate<T>>;
+    const int64_t pitch = (n + L - 1) / L * L, d = s * kStep<T>;
+    pack_steps<E, T>([&](int64_t i) HT_LAMBDA { return row_of<T>(rows, d + i) + r; }, n,
+                     least(steps * kStep<T>, depth - d), buffer, pitch);
+    return {buffer, 1, pitch};
+  }
+};
+
+// finish(r, c, n, sums): row r of C, n columns from c on; sums may be overwritten.
+template <class T, class Left, class Finish>
+void product(int64_t rows, int64_t columns, int64_t depth, const void* panels, const Left& left, const Finish& finish) {
+  using E = Factor<T>;
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const ProductCut cut(rows, columns);
+  const int64_t steps = (depth + kStep<T> - 1) / kStep<T>, all_panels = linear_panels(columns);
+  parallel_pieces(cut.row_blocks * cut.groups, is_small(rows, columns, depth), [&](int64_t piece) {
+    // Pieces that share a group of panels follow each other.
+    const int64_t r = piece % cut.row_blocks * cut.rows, group = piece / cut.row_blocks * cut.panels;
+    const int64_t n = least(cut.rows, rows - r), own = least(cut.panels, all_panels - group);
+    const int64_t pitch = own * kLinearPanel;
+    if (n <= 0) return;
+    Arena arena(Arena::bytes_of<A>(n * pitch) + Arena::bytes_of<E>((n + L) * kBlockSteps));
+    A* c = arena.take<A>(n * pitch);
+    E* buffer = arena.take<E>((n + L) * kBlockSteps);
+    __builtin_memset(c, 0, n * pitch * sizeof(A));
+    for (int64_t s = 0; s < steps; s += kBlockSteps) {
+      const int64_t now = least(kBlockSteps, steps - s);
+      const Broadcast<E> b = left.block(r, n, s, now, buffer);
+      for (int64_t panel = 0; panel < own; ++panel) {
+        const Stored<T>* a = static_cast<const Stored<T>*>(panels) + ((group + panel) * steps + s) * kLinearPanel;
+        for (int64_t v = 0; v < kLinearPanel; v += 2 * L)
+          multiply_rows<E, 2, true>(n, b, a + v, kLinearPanel, now, c + panel * kLinearPanel + v, pitch);
+      }
+    }
+    const int64_t first = group * kLinearPanel;
+    for (int64_t i = 0; i < n; ++i) finish(r + i, first, least(pitch, columns - first), c + i * pitch);
+  });
+}
+
+// Row r of a contiguous [*, columns] tensor from c on.
+template <class T>
+HT_INLINE void store_row(void* to, int64_t columns, int64_t r, int64_t c, int64_t n, const Accumulate<T>* sums) {
+  T* row = static_cast<T*>(to) + r * columns + c;
+  for (int64_t i = 0; i < n; i += kLanes<Accumulate<T>>) store_first(row + i, load(sums + i), n - i);
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,199 @@
+// Linear family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
+#include "linear.h"
+
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "boxing.h"
+#include "cpu/dispatch.h"
+#include "tensor.h"
+
+namespace handtuned {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+Shape shape_of(const Sizes& sizes) { return Shape(sizes.data(), sizes.size()); }
+
+// On the CPU and of input's dtype.
+void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
+           ", input is ", to_string(input.scalar_type()), "; convert one with .to()");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& sizes) {
+  HT_CHECK(equal(tensor.sizes(), shape_of(sizes)), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
+           to_string(shape_of(sizes)), "; expand or reshape it first");
+}
+
+void check_weight(const char* op, const Tensor& weight) {
+  HT_CHECK(weight.dim() == 2, op, "weight has shape ", to_string(weight.sizes()),
+           ", expected [out_features, in_features]; reshape it");
+}
+
+// What the Params point to and no argument owns: contiguous copies.
+struct Holders {
+  OptionalTensor input, weight, bias, residual, grad_output, preactivation;
+};
+
+// Checks input, weight, bias, activation and dropout and fills what forward and backward share. Returns output's shape.
+Sizes fill(const char* op, Linear& p, Holders& h, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+           int64_t activation, double dropout_p, const OptionalTensor& seed) {
+  p.dtype = dtype_of(op, "input", input);
+  check_like_input(op, "weight", weight, input);
+  check_weight(op, weight);
+  const Shape x = input.sizes(), w = weight.sizes();
+  const int64_t n = int64_t(x.size());
+  p.out = w[0], p.in = w[1];
+  HT_CHECK(n >= 1 && x[n - 1] == p.in, op, "input has shape ", to_string(x), ", expected [*, ", p.in,
+           "] beside weight of shape ", to_string(w), "; its last dim is in_features");
+  HT_CHECK(0 <= activation && activation < kActivations, op, "activation is ", activation, ", the limits are 0 and ",
+           kActivations - 1, "; pass the number of an activation");
+  p.activation = Activation(activation);
+  p.dropout = dropout_of(op, dropout_p, seed);
+  if (bias) {
+    check_like_input(op, "bias", *bias, input);
+    check_shape(op, "bias", *bias, {p.out});
+  }
+  Sizes output(x.data(), x.data() + n);
+  output[n - 1] = p.out;
+  p.rows = 1;
+  for (int64_t d = 0; d + 1 < n; ++d) p.rows *= x[d];
+  if (p.rows > 0) p.input = strided_rows(input, 1, h.input);
+  const StridedRows rows = strided_rows(weight, 1, h.weight);
+  p.weight = rows.data, p.weight_row = rows.stride[0];
+  return output;
+}
+
+Sizes packed_sizes(DType dtype, int64_t out, int64_t in) {
+  return {linear_panels(out), linear_steps(dtype, in), kLinearPanel, linear_step(dtype)};
+}
+
+void pack(const Linear& p, const Tensor& packed) {
+  kernels().linear_pack({p.out, p.in, p.dtype, p.weight, p.weight_row, packed.data_ptr()});
+}
+
+Tensor linear_pack(const Tensor& weight) {
+  const char* op = "linear_pack";
+  Linear p{};
+  p.dtype = dtype_of(op, "weight", weight);
+  check_weight(op, weight);
+  p.out = weight.sizes()[0], p.in = weight.sizes()[1];
+  OptionalTensor holder;
+  const StridedRows rows = strided_rows(weight, 1, holder);
+  p.weight = rows.data, p.weight_row = rows.stride[0];
+  Tensor packed = empty(shape_of(packed_sizes(p.dtype, p.out, p.in)), weight.scalar_type());
+  if (packed.numel() > 0) pack(p, packed);
+  return packed;
+}
+
+struct Outputs {
+  Tensor output, preactivation;
+};
+
+Outputs run_forward(const char* op, bool keep, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& residual, const OptionalTensor& packed, int64_t activation, double dropout_p,
+                    const OptionalTensor& seed) {
+  LinearForward p{};
+  Holders h;
+  const Sizes sizes = fill(op, p, h, input, weight, bias, activation, dropout_p, seed);
+  if (residual) {
+    check_like_input(op, "residual", *residual, input);
+    check_shape(op, "residual", *residual, sizes);
+  }
+  const Sizes wanted = packed_sizes(p.dtype, p.out, p.in);
+  if (packed) {
+    check_like_input(op, "packed", *packed, input);
+    HT_CHECK(equal(packed->sizes(), shape_of(wanted)) && packed->is_contiguous(), op, "packed has shape ",
+             to_string(packed->sizes()), ", expected a contiguous ", to_string(shape_of(wanted)),
+             "; pass what linear_pack made of this weight");
+  }
+  const bool saved = keep && p.activation != Activation::none;
+  Outputs out{empty(shape_of(sizes), input.scalar_type()), empty_if(saved, shape_of(sizes), input.scalar_type())};
+  if (p.rows == 0 || p.out == 0) return out;
+  OptionalTensor scratch;
+  if (p.rows > kLinearFewRows && !packed) {
+    scratch = empty(shape_of(wanted), input.scalar_type());
+    pack(p, *scratch);
+  }
+  p.packed = packed ? packed->data_ptr() : scratch ? scratch->data_ptr() : nullptr;
+  if (bias) {
+    if (!bias->is_contiguous()) h.bias = contiguous(*bias);
+    p.bias = h.bias ? h.bias->data_ptr() : bias->data_ptr();
+  }
+  if (residual) p.residual = strided_rows(*residual, 1, h.residual);
+  p.output = out.output.data_ptr();
+  p.preactivation = saved ? out.preactivation.data_ptr() : nullptr;
+  kernels().linear_forward(p);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                  const OptionalTensor& residual, const OptionalTensor& packed, int64_t activation,
+                                  double dropout_p, const OptionalTensor& seed) {
+  auto out = run_forward("linear", true, input, weight, bias, residual, packed, activation, dropout_p, seed);
+  return {std::move(out.output), std::move(out.preactivation)};
+}
+
+Tensor linear_inference(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                        const OptionalTensor& residual, const OptionalTensor& packed, int64_t activation,
+                        double dropout_p, const OptionalTensor& seed) {
+  return run_forward("linear_inference", false, input, weight, bias, residual, packed, activation, dropout_p, seed)
+      .output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& preactivation,
+                                                   int64_t activation, double dropout_p, const OptionalTensor& seed,
+                                                   bool need_input, bool need_weight, bool need_bias) {
+  const char* op = "linear_backward";
+  LinearBackward p{};
+  Holders h;
+  const Sizes sizes = fill(op, p, h, input, weight, bias, activation, dropout_p, seed);
+  check_like_input(op, "grad_output", grad_output, input);
+  check_shape(op, "grad_output", grad_output, sizes);
+  check_like_input(op, "preactivation", preactivation, input);
+  check_shape(op, "preactivation", preactivation, activation ? sizes : Sizes{0});
+
+  const ScalarType dtype = input.scalar_type();
+  Tensor grad_input = empty_if(need_input, input.sizes(), dtype);
+  Tensor grad_weight = empty_if(need_weight, weight.sizes(), dtype);
+  Tensor grad_bias = empty_if(need_bias, {p.out}, dtype);
+  auto zero = [](const Tensor& t) { std::memset(t.data_ptr(), 0, t.numel() * size_of(t.scalar_type())); };
+  if (p.rows == 0 || p.out == 0 || p.in == 0) {  // sums over nothing; the bias alone may have rows to sum
+    for (const Tensor* t : {&grad_input, &grad_weight, &grad_bias})
+      if (t->numel() > 0) zero(*t);
+    if (p.rows == 0 || p.out == 0) return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+  }
+  p.grad_output = strided_rows(grad_output, 1, h.grad_output);
+  if (activation) p.preactivation = strided_rows(preactivation, 1, h.preactivation);
+  const bool makes = (need_input || need_weight) && (activation || p.dropout.p > 0);
+  const ScalarType wide = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor made = empty_if(makes, {p.rows, p.out}, dtype);
+  const Tensor packed_weight = empty_if(need_input, {linear_packed_numbers(p.dtype, p.in, p.out)}, dtype);
+  const Tensor packed_input = empty_if(need_weight, {linear_packed_numbers(p.dtype, p.in, p.rows)}, dtype);
+  const Tensor sums = empty_if(need_bias, {linear_bias_chunks(p.rows), linear_panels(p.out) * kLinearPanel}, wide);
+  auto data = [](bool wanted, const Tensor& t) { return wanted ? t.data_ptr() : nullptr; };
+  p.grad_input = data(need_input, grad_input);
+  p.grad_weight = data(need_weight, grad_weight);
+  p.grad_bias = data(need_bias, grad_bias);
+  p.grad_preactivation = data(makes, made);
+  p.packed_weight = data(need_input, packed_weight);
+  p.packed_input = data(need_weight, packed_input);
+  p.bias_sums = data(need_bias, sums);
+  kernels().linear_backward(p);
+  return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
+  m.impl("linear_pack", HT_BOX(linear_pack));
+  m.impl("linear", HT_BOX(linear));
+  m.impl("linear_inference", HT_BOX(linear_inference));
+  m.impl("linear_backward", HT_BOX(linear_backward));
+}
+
+}  // namespace handtuned
