@@ -71,8 +71,8 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
   //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use
   //   input          [T, B, I] at any strides, or packed [rows, I] beside lengths: step by step, as in PackedSequence
   //   lengths        [B] int64, in any order, 0 to T; beside packed input falling (as PackedSequence is sorted)
-  //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that is 0
-  //   output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].
+  //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that is
+  //   0 output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].
   //                  0 past a row's length
   //   hn, cn         like h0, c0; after each row's last step. cn is [0] for all but the LSTM
   //   saved          [n] float32 (float64 for float64) for the backward if need_saved, else [0]

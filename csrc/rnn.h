@@ -20,6 +20,8 @@ inline int64_t gates_of(RnnCell cell) { return cell == RnnCell::lstm ? 4 : cell 
 // Rows of `hidden` numbers that a step leaves for the backward: i f g o c; r z n and W_nh h + b_nh; the others leave
 // their state alone.
 inline int64_t saved_of(RnnCell cell) { return cell == RnnCell::lstm ? 5 : cell == RnnCell::gru ? 4 : 0; }
+// Rows of `hidden` gradients of pre-activations: the GRU's r z n and, of n, that of W_nh h + b_nh.
+inline int64_t slots_of(RnnCell cell) { return cell == RnnCell::lstm || cell == RnnCell::gru ? 4 : 1; }
 
 // A tensor [steps, batch, width], or packed [rows, width] step by step, where `batch` is the stride of a row and `step`
 // unused. Strides in elements, the last is 1. data nullptr: not given.
@@ -43,6 +45,12 @@ struct Rnn {
   const void *h0, *c0;     // dtype [layers * directions, batch, state] and [.., hidden], contiguous, or nullptr: zeros
 };
 
+struct RnnPack : Rnn {
+  const void* const* weights;  // of each layer and direction W_x, W_h, (b_x, b_h), (W_r), contiguous
+  bool bias;
+  void* packed_weights;  // rnn_packed_bytes, the header is the skin's
+};
+
 struct RnnForward : Rnn {
   RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0)
   const void* packed_weights;
@@ -57,9 +65,9 @@ struct RnnBackward : Rnn {
   const void* const* weights;                // as rnn_pack takes them, each contiguous
   bool bias;
   const void* saved;
-  void *grad_h0, *grad_c0;  // or nullptr
+  void *grad_h0, *grad_c0;    // or nullptr
   void* const* grad_weights;  // one beside each of weights, or nullptr
-  void* scratch;              // rnn_backward_scratch_bytes, 64-byte aligned
+  void* scratch;              // rnn_backward_scratch, 64-byte aligned
 };
 
 // ---- layouts ----------------------------------------------------------------------------------------------------
@@ -69,20 +77,23 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 // Packed weights: a header, then of each layer and direction the matrices W_x, W_h, (W_r) and the biases b_x, b_h.
 // A matrix [gates * out, in] is cut into panels of as many output columns as the kernel works on at once; within a
 // panel, step k of `in` holds that column's numbers of all gates side by side. How wide a panel is depends on the
-// instruction set; the bytes do not: columns are padded to 16 a gate, `in` to an even number.
+// instruction set; the bytes do not: columns are padded to 16 a gate (64 where there
+// is one gate), `in` to an even number.
 struct RnnHeader {
-  char magic[8];  // "HTRNN" and 0
-  int32_t vector_bytes, dtype, cell;
+  int32_t vector_bytes, pairs;  // the instruction set's vectors; whether bf16 stands in pairs along `in`
+  int32_t dtype, cell;
   int64_t input_size, hidden, state, layers, directions;
 };
 constexpr int64_t kRnnHeaderBytes = 64;
 static_assert(sizeof(RnnHeader) <= kRnnHeaderBytes);
 
+inline int64_t rnn_columns(int64_t gates, int64_t out) { return gates * round_up(out, gates == 1 ? 64 : 16); }
 inline int64_t rnn_matrix_bytes(DType dtype, int64_t gates, int64_t out, int64_t in) {
-  return round_up(in, 2) * gates * round_up(out, 16) * bytes_of(dtype);
+  return round_up(in, 2) * rnn_columns(gates, out) * bytes_of(dtype);
 }
+inline int64_t rnn_bias_numbers(const Rnn& p) { return rnn_columns(gates_of(p.cell), p.hidden); }
 inline int64_t rnn_bias_bytes(const Rnn& p) {  // of b_x and b_h together
-  return 2 * gates_of(p.cell) * round_up(p.hidden, 16) * (p.dtype == DType::f64 ? 8 : 4);
+  return 2 * rnn_bias_numbers(p) * (p.dtype == DType::f64 ? 8 : 4);
 }
 inline int64_t rnn_input_size(const Rnn& p, int64_t layer) { return layer ? p.directions * p.state : p.input_size; }
 
@@ -102,6 +113,40 @@ inline int64_t rnn_packed_bytes(const Rnn& p) {
 // leaves, [rows, saved_of(cell), hidden]. A row is of a time and a place, in that order, in both directions.
 inline int64_t rnn_saved_of_layer(const Rnn& p) {
   return p.rows * p.directions * (p.state + saved_of(p.cell) * p.hidden);
+}
+
+// Scratch of the forward: flags and the states that slices exchange, then two layers' outputs.
+inline int64_t rnn_wide_bytes(const Rnn& p) { return p.dtype == DType::f64 ? 8 : 4; }
+inline int64_t rnn_ring_bytes(const Rnn& p) {
+  constexpr int64_t kFlags = 64 * 128;
+  const int64_t numbers = p.directions * p.batch * (2 * round_up(p.state, 2) + round_up(p.hidden, 2));
+  return kFlags + round_up(numbers * rnn_wide_bytes(p), 64);
+}
+inline int64_t rnn_scratch_bytes(const Rnn& p, bool saves) {
+  const bool between = p.layers > 1 && !saves;
+  return rnn_ring_bytes(p) + (between ? 2 * p.rows * p.directions * p.state * rnn_wide_bytes(p) : 0);
+}
+
+// Scratch of the backward, in this order: flags and what slices exchange; gradients of pre-activations, and of what is
+// projected; of two layers' outputs; a layer's input under dropout; where each row's state comes from, its time and its
+// place.
+struct RnnBackwardScratch {
+  int64_t gates, projected, between, masked, before, time, place, bytes;
+};
+inline RnnBackwardScratch rnn_backward_scratch(const Rnn& p) {
+  const int64_t wide = rnn_wide_bytes(p), slots = slots_of(p.cell) * p.hidden, output = p.directions * p.state;
+  RnnBackwardScratch at{};
+  auto next = [&](int64_t& offset, int64_t bytes) { offset = at.bytes, at.bytes += round_up(bytes, 64); };
+  int64_t exchange;
+  next(exchange, 64 * 128 + p.directions * p.batch * (2 * slots + p.state) * wide);
+  next(at.gates, p.directions * p.rows * slots * wide);
+  next(at.projected, p.state != p.hidden ? p.rows * output * wide : 0);
+  next(at.between, p.layers > 1 ? 2 * p.rows * output * wide : 0);
+  next(at.masked, p.layers > 1 && p.dropout.p > 0 ? p.rows * output * wide : 0);
+  next(at.before, p.directions * p.rows * 8);
+  next(at.time, p.rows * 8);
+  next(at.place, p.rows * 8);
+  return at;
 }
 
 }  // namespace handtuned

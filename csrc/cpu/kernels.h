@@ -9,6 +9,9 @@ struct NormForward;
 struct NormBackward;
 struct AttentionForward;
 struct AttentionBackward;
+struct RnnPack;
+struct RnnForward;
+struct RnnBackward;
 
 struct Kernels {
   const char* isa;
@@ -17,6 +20,9 @@ struct Kernels {
   void (*norm_backward)(const NormBackward&);
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
+  void (*rnn_pack)(const RnnPack&);
+  void (*rnn_forward)(const RnnForward&);
+  void (*rnn_backward)(const RnnBackward&);
   // Machine limits, measured with this ISA's own loads, stores and multiply-adds (cpu/limits.h).
   void (*copy)(void* dst, const void* src, size_t bytes);  // non-temporal stores
   double (*multiply_add)(int64_t iterations);              // of float; returns the flops it did
@@ -30,6 +36,9 @@ void norm_forward(const NormForward&);
 void norm_backward(const NormBackward&);
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
+void rnn_pack(const RnnPack&);
+void rnn_forward(const RnnForward&);
+void rnn_backward(const RnnBackward&);
 
 }  // namespace HANDTUNED_ISA
 #endif

@@ -12,4 +12,9 @@ void parallel_range(int64_t n, int64_t grain, RangeFn fn, void* context) {
     throw std::runtime_error("handtuned: torch's thread pool failed to run a parallel loop");
 }
 
+int thread_count() {
+  uint32_t count;
+  return torch_get_num_threads(&count) == AOTI_TORCH_SUCCESS ? int(count) : 1;
+}
+
 }  // namespace handtuned

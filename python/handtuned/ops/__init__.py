@@ -23,13 +23,17 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 
-OPS = {**NORM_OPS, **ATTENTION_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **RNN_OPS}
 
 __all__ = [
     "ATTENTION_OPS",
+    "GATES",
     "NORM_OPS",
     "OPS",
+    "RNN_OPS",
+    "SAVED",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
@@ -40,14 +44,19 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_inference",
+    "packed_bytes",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_pack",
 ]
 
 
 def arguments(op: str, args: tuple[Any, ...]) -> Arguments:
     """An op's positional arguments by name, checked: RuntimeError if they are not what it takes."""
-    found = (NormArguments if op in NORM_OPS else AttentionArguments)(OPS[op], args)
+    families = ((NORM_OPS, NormArguments), (ATTENTION_OPS, AttentionArguments), (RNN_OPS, RnnArguments))
+    found = next(family for ops, family in families if op in ops)(OPS[op], args)
     found.check()
     return found
