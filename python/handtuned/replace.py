@@ -15,6 +15,12 @@ from . import backends, nn
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.RMSNorm: nn.RMSNorm,
+    torch.nn.LSTM: nn.LSTM,
+    torch.nn.GRU: nn.GRU,
+    torch.nn.RNN: nn.RNN,
+    torch.nn.LSTMCell: nn.LSTMCell,
+    torch.nn.GRUCell: nn.GRUCell,
+    torch.nn.RNNCell: nn.RNNCell,
 }
 
 
@@ -121,7 +127,7 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
         check: an input to compare on, before against after: a tensor, a tuple of positional or a dict of keyword
             arguments. Raises AssertionError if outputs or gradients differ (see Report.check); the model is then as
             before.
-        strict: raise ValueError, with nothing replaced, if a norm was left.
+        strict: raise ValueError, with nothing replaced, if a norm or a recurrent layer was left.
 
     Returns:
         Report with .replaced, .left, .check(*args), .undo(); prints as a table.
@@ -149,7 +155,7 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
 
 
 def _why_left(module: torch.nn.Module) -> str | None:
-    """Why a norm cannot become a twin; None for one that can and for modules that are no norms."""
+    """Why a module cannot become a twin; None for one that can and for modules that no twin is made for."""
     kind = type(module)
     if kind in TWINS:
         if "forward" in module.__dict__:

@@ -2,5 +2,18 @@
 
 from . import functional
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
+from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
-__all__ = ["AddLayerNorm", "AddRMSNorm", "LayerNorm", "RMSNorm", "functional"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "GRUCell",
+    "LSTMCell",
+    "LayerNorm",
+    "RMSNorm",
+    "RNNCell",
+    "functional",
+]

@@ -15,6 +15,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import recur, rnn, rnn_backward, rnn_pack
 
 __all__ = [
     "add_layer_norm",
@@ -27,7 +28,11 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_inference",
+    "recur",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_pack",
 ]
