@@ -1,11 +1,15 @@
-// HT_BOX(f): the form in which torch's dispatcher calls f, a function of const Tensor&, const OptionalTensor&, int64_t,
-// double and bool that returns a Tensor or a tuple of them. Like TORCH_BOX, but handles move in and out uncounted.
+// HT_BOX(f): the form in which torch's dispatcher calls f, a function that returns a Tensor or a tuple of them and
+// takes const Tensor&, const OptionalTensor&, const std::vector<Tensor>&, const std::string&, int64_t, double and bool.
+// Like TORCH_BOX, but handles move in and out uncounted.
 #pragma once
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "tensor.h"
 
@@ -22,6 +26,19 @@ T take(StableIValue value) {
     OptionalTensor tensor(take<Tensor>(*boxed));
     delete boxed;
     return tensor;
+  } else if constexpr (std::is_same_v<T, std::vector<Tensor>>) {
+    auto list = torch::stable::detail::to<StableListHandle>(value);  // ours to delete
+    size_t size;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    std::vector<Tensor> tensors;
+    tensors.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      tensors.push_back(take<Tensor>(item));
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    return tensors;
   } else {
     return torch::stable::detail::to<T>(value);
   }

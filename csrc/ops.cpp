@@ -81,4 +81,27 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor preactivation,"
       " int activation, float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // One layer stack of LSTM, GRU or RNN over whole sequences. See rnn.h for the maths and docs/rnn.md for shapes.
+  //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them
+  //   weights        of each layer and direction, in torch's order: w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if
+  //                  the state is projected (w_hh's columns are fewer than its rows per gate)
+  //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use
+  //   input          [T, B, I] at any strides, or packed [rows, I] beside lengths: step by step, as in PackedSequence
+  //   lengths        [B] int64, in any order, 0 to T; beside packed input falling (as PackedSequence is sorted)
+  //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that is
+  //   0 output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].
+  //                  0 past a row's length
+  //   hn, cn         like h0, c0; after each row's last step. cn is [0] for all but the LSTM
+  //   saved          [n] float32 (float64 for float64) for the backward if need_saved, else [0]
+  //   grad_weights   [n] in the weights' dtype: the gradients one after the other, each contiguous
+  m.def("rnn_pack(Tensor[] weights, str mode, bool bidirectional, bool bias) -> Tensor packed");
+  m.def(
+      "rnn(Tensor input, Tensor? lengths, Tensor? h0, Tensor? c0, Tensor packed, str mode, int hidden_size,"
+      " int proj_size, int num_layers, bool bidirectional, float dropout_p, Tensor? seed, bool need_saved)"
+      " -> (Tensor output, Tensor hn, Tensor cn, Tensor saved)");
+  m.def(
+      "rnn_backward(Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, Tensor input, Tensor? lengths, Tensor? h0,"
+      " Tensor? c0, Tensor[] weights, Tensor saved, str mode, bool bidirectional, bool bias, float dropout_p,"
+      " Tensor? seed, bool need_input, bool need_h0, bool need_c0, bool need_weights)"
+      " -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_weights)");
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import handtuned
 from handtuned import ops
@@ -20,9 +21,13 @@ NORM_OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 SAMPLES = list(handtuned.testing.op_samples())
 
 
+def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    return [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+
+
 def sample_name(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> str:
     op, args, _ = sample
-    tensor = next(a for a in args if isinstance(a, Tensor))
+    tensor = tensors_of(args)[0]
     shape = "x".join(map(str, tensor.shape))
     dropout = "-dropout" if 0.3 in [a for a in args if isinstance(a, float)] else ""
     return f"{op._schema.name.split('::')[1]}-{cases.SHORT[tensor.dtype]}-{shape}{dropout}"
@@ -41,7 +46,8 @@ def test_names_and_schemas() -> None:
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
-    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS
+    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
+    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.RNN_OPS
     for name, op in ops.OPS.items():
         schema = op._schema
         assert op is getattr(torch.ops.handtuned, name).default
@@ -53,13 +59,13 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            assert results[0] == "output"
+            assert results[0] == ("packed" if name == "rnn_pack" else "output")
 
 
 def test_samples_reach_every_op_and_dtype() -> None:
     assert {s[0] for s in SAMPLES} == set(ops.OPS.values())
     for op in ops.OPS.values():
-        tensors = [s[1][0] for s in SAMPLES if s[0] is op]
+        tensors = [tensors_of(s[1])[0] for s in SAMPLES if s[0] is op]
         assert {t.dtype for t in tensors} == set(cases.SHORT)
         assert any(t.numel() == 0 for t in tensors)
 
@@ -72,7 +78,7 @@ def test_opcheck(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     torch.library.opcheck(op, args, kwargs, test_utils=tests)
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s[1][0].numel()][::3], ids=sample_name)
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if tensors_of(s[1])[0].numel()][::3], ids=sample_name)
 def test_opcheck_aot_dispatch(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     op, args, kwargs = sample
     torch.library.opcheck(op, args, kwargs, test_utils=("test_aot_dispatch_dynamic",))
@@ -82,7 +88,7 @@ def test_fake_results_are_like_real_ones() -> None:
     for op, args, kwargs in SAMPLES:
         real = results_of(op(*args, **kwargs))
         with FakeTensorMode() as mode:
-            fake = results_of(op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args), **kwargs))
+            fake = results_of(op(*tree_map_only(Tensor, mode.from_tensor, args), **kwargs))
         for r, f in zip(real, fake, strict=True):
             same = (f.shape, f.stride(), f.dtype, f.device) == (r.shape, r.stride(), r.dtype, r.device)
             assert same, f"{sample_name((op, args, kwargs))}: fake {f}, real {r.shape} {r.stride()} {r.dtype}"

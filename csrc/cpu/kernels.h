@@ -12,6 +12,9 @@ struct AttentionBackward;
 struct LinearPack;
 struct LinearForward;
 struct LinearBackward;
+struct RnnPack;
+struct RnnForward;
+struct RnnBackward;
 
 struct Kernels {
   const char* isa;
@@ -23,6 +26,9 @@ struct Kernels {
   void (*linear_pack)(const LinearPack&);
   void (*linear_forward)(const LinearForward&);
   void (*linear_backward)(const LinearBackward&);
+  void (*rnn_pack)(const RnnPack&);
+  void (*rnn_forward)(const RnnForward&);
+  void (*rnn_backward)(const RnnBackward&);
   // Machine limits, measured with this ISA's own loads, stores and multiply-adds (cpu/limits.h).
   void (*copy)(void* dst, const void* src, size_t bytes);  // non-temporal stores
   double (*multiply_add)(int64_t iterations);              // of float; returns the flops it did
@@ -39,6 +45,9 @@ void attention_backward(const AttentionBackward&);
 void linear_pack(const LinearPack&);
 void linear_forward(const LinearForward&);
 void linear_backward(const LinearBackward&);
+void rnn_pack(const RnnPack&);
+void rnn_forward(const RnnForward&);
+void rnn_backward(const RnnBackward&);
 
 }  // namespace HANDTUNED_ISA
 #endif

@@ -136,6 +136,14 @@ HT_INLINE f64 erf(f64 x) {
   return y;
 }
 
+// 1 / (1 + e^-x), relative error near one rounding on both sides:  with e = e^-|x|  1 / (1 + e) above 0, e / (1 + e)
+// below.
+template <class V>
+HT_INLINE V sigmoid(V x) {
+  V e = exponential(-absolute(x));
+  return (x < 0 ? e : 1 - V{}) / (1 + e);
+}
+
 // The larger; b where a is NaN.
 template <class V>
 HT_INLINE V larger(V a, V b) {

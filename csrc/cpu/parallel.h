@@ -6,10 +6,10 @@ namespace handtuned {
 
 using RangeFn = void (*)(int64_t begin, int64_t end, void* context);
 
-int thread_count();
-
 // Splits [0, n) into contiguous ranges of at least `grain`; serial when one range is enough. fn must not throw.
 void parallel_range(int64_t n, int64_t grain, RangeFn fn, void* context);
+
+int thread_count();  // of torch's pool
 
 #ifdef HANDTUNED_ISA
 namespace HANDTUNED_ISA {

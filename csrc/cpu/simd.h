@@ -327,6 +327,15 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
+// Tells the core that this thread only waits for another's store.
+HT_INLINE void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // ---- across lanes -----------------------------------------------------------------------------------------------
 
 // Whether some lane is not zero.

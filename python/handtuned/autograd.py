@@ -43,17 +43,28 @@ def _view(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 
 
+def _flat(args: tuple[Any, ...]) -> tuple[list[int | None], list[Any]]:
+    """Arguments with lists of tensors laid open (autograd does not look into them), and each list's length."""
+    counts = [len(arg) if isinstance(arg, list) else None for arg in args]
+    return counts, [item for arg in args for item in (arg if isinstance(arg, list) else [arg])]
+
+
+def _nested(counts: list[int | None], flat: list[Any]) -> list[Any]:
+    items = iter(flat)
+    return [next(items) if count is None else [next(items) for _ in range(count)] for count in counts]
+
+
 class _BackwardOp(Function):
     """A backward op that can be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, op: str, kernels: Any, *args: Any) -> tuple[Tensor, ...]:
-        ctx.op = op
+    def forward(ctx: Any, op: str, kernels: Any, counts: list[int | None], *args: Any) -> tuple[Tensor, ...]:
+        ctx.op, ctx.counts = op, counts
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(arg, Tensor) for arg in args]
         ctx.save_for_backward(*(arg for arg in args if isinstance(arg, Tensor)))
         ctx.others = [None if isinstance(arg, Tensor) else arg for arg in args]
-        result: tuple[Tensor, ...] = getattr(kernels, op)(*args)
+        result: tuple[Tensor, ...] = getattr(kernels, op)(*_nested(counts, list(args)))
         return result
 
     @staticmethod
@@ -67,8 +78,8 @@ class _BackwardOp(Function):
                 _view(next(saved)) if is_tensor else other
                 for is_tensor, other in zip(ctx.is_tensor, ctx.others, strict=True)
             ]
-            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-            outputs = getattr(reference, ctx.op)(*args)
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+            outputs = getattr(reference, ctx.op)(*_nested(ctx.counts, args))
             pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
             found = torch.autograd.grad(
                 [o for o, _ in pairs],
@@ -80,13 +91,14 @@ class _BackwardOp(Function):
         result: list[Tensor | None] = [None] * len(args)
         for i, grad in zip(wanted, found, strict=True):
             result[i] = grad
-        return (None, None, *result)
+        return (None, None, None, *result)
 
 
 def backward_op(op: str, kernels: Any, *args: Any) -> tuple[Tensor, ...]:
     """Runs a backward op, differentiably when autograd asks for it (create_graph=True)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        result: tuple[Tensor, ...] = _BackwardOp.apply(op, kernels, *args)  # type: ignore[no-untyped-call]
+        counts, flat = _flat(args)
+        result: tuple[Tensor, ...] = _BackwardOp.apply(op, kernels, counts, *flat)  # type: ignore[no-untyped-call]
         return result
     result = getattr(kernels, op)(*args)
     return result

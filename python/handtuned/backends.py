@@ -198,9 +198,9 @@ def _namespace(candidate: Candidate) -> Any:
     return ops
 
 
-def serve_device(op: str, args: tuple[Any, ...]) -> Any:
-    """The dispatcher's kernel for every device but the CPU; arguments are checked."""
-    chosen, table = choose(op, args[0].device, args[0].dtype)
+def serve_device(op: str, main: torch.Tensor, args: tuple[Any, ...]) -> Any:
+    """The dispatcher's kernel for every device but the CPU; arguments are checked and on `main`'s device."""
+    chosen, table = choose(op, main.device, main.dtype)
     if chosen.backend == "reference" and _state.backend == "auto":
         fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
     return getattr(_namespace(chosen), op)(*args)
@@ -217,13 +217,17 @@ class Direct:
         """True if torch's autograd differentiates what runs."""
         return self.chosen.backend == "reference"
 
-    def __getattr__(self, op: str) -> Any:
+    def note(self, op: str, args: tuple[Any, ...]) -> None:
+        """Checks a call's arguments and writes it into explain()'s record."""
         from . import ops
 
+        arguments = ops.arguments(op, args)
+        if _state.record is not None:
+            _state.record.append(Call(op, self.chosen, self.table, arguments.copies()))
+
+    def __getattr__(self, op: str) -> Any:
         def call(*args: Any) -> Any:
-            arguments = ops.arguments(op, args)
-            if _state.record is not None:
-                _state.record.append(Call(op, self.chosen, self.table, arguments.copies()))
+            self.note(op, args)
             return getattr(self.kernels, op)(*args)
 
         return call

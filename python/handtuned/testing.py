@@ -33,6 +33,7 @@ def op_samples(device: str = "cpu") -> Iterator[Sample]:
     """(op, args, kwargs) for every op, over dtypes, optional arguments and odd shapes; for opcheck and fuzzing."""
     yield from _norm_samples(device)
     yield from _attention_samples(device)
+    yield from _rnn_samples(device)
 
 
 def _drawer(device: str) -> Callable[..., torch.Tensor]:
@@ -142,3 +143,51 @@ def _attention_and_backward(
     without_pages = (*options[:4], *options[5:])  # block_table is for inference alone
     yield ops.attention_backward, (*given, *without_pages, *needs), {}
     yield ops.attention_backward, (given[0], None, *given[2:], *without_pages, False, True, False, False, False), {}
+
+
+def _rnn_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    seed = torch.tensor([1234567890123], device=device)
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    # mode; steps (None: packed rows), batch, input, hidden, projection; layers, two directions, biases; what else
+    cases: list[tuple[Any, ...]] = [
+        ("LSTM", (3, 2, 5, 7, 0), (1, False, True), f32, {"states": True}),
+        ("LSTM", (4, 3, 4, 6, 2), (2, True, True), f32, {"lengths": ints(2, 0, 4)}),
+        ("GRU", (3, 2, 5, 17, 0), (2, True, False), f64, {"states": True}),
+        ("GRU", (None, 3, 3, 4, 0), (1, True, True), f32, {"lengths": ints(3, 2, 1)}),
+        ("RNN_TANH", (3, 2, 5, 9, 0), (2, False, True), bf16, {"dropout_p": 0.3}),
+        ("RNN_RELU", (2, 1, 1, 1, 0), (1, False, True), f16, {"states": True}),
+        ("LSTM", (2, 0, 3, 4, 0), (1, False, True), f32, {}),
+        ("GRU", (2, 1, 0, 4, 0), (1, False, True), f32, {}),
+        ("LSTM", (0, 2, 3, 4, 0), (1, False, True), f32, {"states": True}),
+    ]
+    for mode, (steps, batch, width, hidden, proj), (layers, two, bias), dtype, more in cases:
+        lengths, p = more.get("lengths"), more.get("dropout_p", 0.0)
+        key = seed if p else None
+        directions, state = 1 + two, proj or hidden
+        x = draw(*((6,) if steps is None else (steps, batch)), width, dtype=dtype)
+        if steps == 3:  # batch first, as many callers have it
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        h0, c0 = (draw(layers * directions, batch, n, dtype=dtype) for n in (state, hidden))
+        states = (h0 if more.get("states") else None, c0 if more.get("states") and mode == "LSTM" else None)
+        rows, weights = ops.GATES[mode] * hidden, []
+        for layer in range(layers):
+            for _ in range(directions):
+                weights += [draw(rows, directions * state if layer else width, dtype=dtype) / 4]
+                weights += [draw(rows, state, dtype=dtype) / 4]
+                weights += [draw(rows, dtype=dtype) for _ in range(2 * bias)]
+                weights += [draw(proj, hidden, dtype=dtype)] if proj else []
+        yield ops.rnn_pack, (weights, mode, two, bias), {}
+        packed = ops.rnn_pack(weights, mode, two, bias)
+        given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, key)
+        yield ops.rnn, (*given, False), {}
+        yield ops.rnn, (*given, True), {}
+        output, hn, cn, saved = ops.rnn(*given, True)
+        grads = (draw(*output.shape, dtype=dtype), None, draw(*cn.shape, dtype=dtype) if mode == "LSTM" else None)
+        kept = (x, lengths, *states, weights, saved, mode, two, bias, p, key)
+        yield ops.rnn_backward, (*grads, *kept, True, states[0] is not None, states[1] is not None, True), {}
+        yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, *kept, False, False, False, True), {}

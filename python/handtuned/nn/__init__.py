@@ -6,6 +6,7 @@ from .feed_forward import GEGLU, SwiGLU
 from .linear import Linear
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .positional import SinusoidalPositionalEncoding
+from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .transformer import (
     Transformer,
     TransformerDecoder,
@@ -16,12 +17,18 @@ from .transformer import (
 
 __all__ = [
     "GEGLU",
+    "GRU",
+    "LSTM",
+    "RNN",
     "AddLayerNorm",
     "AddRMSNorm",
+    "GRUCell",
+    "LSTMCell",
     "LayerNorm",
     "Linear",
     "MultiheadAttention",
     "RMSNorm",
+    "RNNCell",
     "SinusoidalPositionalEncoding",
     "SwiGLU",
     "Transformer",

@@ -31,19 +31,24 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    (RNN_OPS, RnnArguments),
 )
 
 __all__ = [
     "ATTENTION_OPS",
+    "GATES",
     "LINEAR_OPS",
     "NORM_OPS",
     "OPS",
+    "RNN_OPS",
+    "SAVED",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
@@ -58,9 +63,13 @@ __all__ = [
     "linear_backward",
     "linear_inference",
     "linear_pack",
+    "packed_bytes",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_pack",
 ]
 
 

@@ -95,8 +95,9 @@ def register(op: Any, arguments: type[Arguments]) -> None:
         return found.fake()
 
     def serve(*args: Any) -> Any:
-        arguments(op, args).check()
-        return backends.serve_device(name, args)
+        found = arguments(op, args)
+        found.check()
+        return backends.serve_device(name, found.main, args)
 
     torch.library.register_fake(f"{OP_NAMESPACE}::{name}", fake)
     torch.library.impl(f"{OP_NAMESPACE}::{name}", "CompositeExplicitAutograd", serve)

@@ -16,6 +16,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import recur, rnn, rnn_backward, rnn_pack
 
 __all__ = [
     "add_layer_norm",
@@ -32,7 +33,11 @@ __all__ = [
     "linear_backward",
     "linear_inference",
     "linear_pack",
+    "recur",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_pack",
 ]

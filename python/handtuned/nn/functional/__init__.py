@@ -6,20 +6,28 @@ from .kv_cache import attention_with_kv_cache
 from .linear import linear, pack_linear_weight
 from .multi_head_attention import multi_head_attention_forward
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from .rnn import PackedWeights, gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
 from .rotary import rotary_embedding, rotary_tables
 
 __all__ = [
+    "PackedWeights",
     "add_layer_norm",
     "add_rms_norm",
     "attention_varlen",
     "attention_weights",
     "attention_with_kv_cache",
+    "gru",
+    "gru_cell",
     "layer_norm",
     "linear",
+    "lstm",
+    "lstm_cell",
     "merge_attention",
     "multi_head_attention_forward",
     "pack_linear_weight",
     "rms_norm",
+    "rnn",
+    "rnn_cell",
     "rotary_embedding",
     "rotary_tables",
     "scaled_dot_product_attention",

@@ -1,0 +1,294 @@
+// Recurrent layers, backward: the steps in reverse. The gradients of the weights and of the input are products over all
+// steps at once, made afterwards (rnn_gradients.h).
+//
+// Plan of a slice, which owns panels of hidden units for all steps:
+//   for each step from the last, each panel:  dh += gradient of the output;  d = the cell's back()
+//                                             d goes to the ring that all slices read, and to its row in memory
+//     tell the others, and wait for them
+//     each panel:                             dh = what the cell passed on + d * W_h      (own columns of W_h)
+// What is exchanged is d, not partial sums of dh: so the order of every sum is that of W_h's rows.
+// With a projection a first half of the step makes dh of the projection's panels and what they pass on through W_r.
+#pragma once
+#include "rnn_team.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+// The cell's back() for `rows` places of one panel. keep: as the forward left it, of place p row[p] times further.
+// state, dh, dc: [rows][4][L]; dh becomes the part that does not go through W_h. d of place p goes to ring
+// [p][slots][hidden] and to gates [row[p]][slots][hidden].
+template <class A>
+using BackLoop = void (*)(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, A* ring,
+                          A* gates, int64_t hidden, int64_t first);
+
+template <template <class> class Cell, class A>
+void back_loop(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, A* ring, A* gates,
+               int64_t hidden, int64_t first) {
+  using C = Cell<vec<A>>;
+  constexpr int L = kLanes<A>, K = C::kKept, S = C::kSlots;
+  for (int64_t p = 0; p < rows; ++p) {
+    for (int64_t v = 0; v < 4 && first + v * L < hidden; ++v) {
+      const int64_t unit = first + v * L, n = hidden - unit, at = (p * 4 + v) * L;
+      vec<A> kept[K ? K : 1], d[S], cell = C::kCell ? load(dc + at) : vec<A>{};
+      for (int k = 0; k < K; ++k) kept[k] = load_first(keep + (row[p] * K + k) * hidden + unit, n);
+      store(dh + at, C::back(kept, load(state + at), load(dh + at), cell, d));
+      if (C::kCell) store(dc + at, cell);
+      for (int k = 0; k < S; ++k) {
+        store_first(ring + (p * S + k) * hidden + unit, d[k], n);
+        store_first(gates + (row[p] * S + k) * hidden + unit, d[k], n);
+      }
+    }
+  }
+}
+
+template <class A>
+BackLoop<A> back_loop_of(RnnCell cell) {
+  switch (cell) {
+    case RnnCell::lstm: return &back_loop<Lstm, A>;
+    case RnnCell::gru: return &back_loop<Gru, A>;
+    case RnnCell::tanh: return &back_loop<ElmanTanh, A>;
+    default: return &back_loop<ElmanRelu, A>;
+  }
+}
+// Slot of the gradient that goes through gate g's rows of W_h.
+HT_INLINE int64_t state_slot(RnnCell cell, int64_t g) { return cell == RnnCell::gru && g == 2 ? 3 : g; }
+
+template <class T>
+struct LayerBackward {
+  using A = Accumulate<T>;
+
+  const RnnBackward& p;
+  int64_t layer;
+  const A* grad_output;  // [rows][directions * state] of the layer above, nullptr: the caller's
+  const A* output;       // of the forward, [rows][directions * state]
+  const A* keep[2];
+  const T *wx[2], *wh[2], *wr[2];  // of each direction, as the caller has them
+  BackLoop<A> back;
+  int64_t steps;
+  A* ring;       // [direction][2][batch][slots * hidden]
+  A* r_ring;     // [direction][batch][state]: gradient of the projection at a step
+  A* gates[2];   // [rows][slots * hidden]
+  A* grad_r[2];  // [rows][state]: gradient of the projection
+
+  bool projects() const { return p.state != p.hidden; }
+  int64_t slots() const { return slots_of(p.cell) * p.hidden; }
+  A* d_row(int64_t direction, int64_t step, int64_t place) const {
+    return ring + ((direction * 2 + (step & 1)) * p.batch + place) * slots();
+  }
+  A* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * p.state; }
+};
+
+// What a slice keeps of its part. Without a projection the panels of the state are those of the hidden units.
+template <class A>
+struct BackwardPart : Part {
+  A *dh, *dc;  // [panels of the state][batch][4 L], [panels of hidden units][batch][4 L]
+  A *wh, *wr;  // W_h's columns [panels of the state][gates * hidden][4 L], W_r's [panels of hidden units][state][4 L]
+};
+
+template <class T>
+class BackwardTask {
+  using A = Accumulate<T>;
+  using Layer = LayerBackward<T>;
+  static constexpr int L = kLanes<A>, W = 4 * L;
+
+ public:
+  BackwardTask(const Layer& layer, Team& team) : y_(layer), p_(layer.p), team_(team), arena_(find_parts()) {
+    m_ = arena_.template take<A>(p_.batch * W);
+    state_ = arena_.template take<A>(p_.batch * W);
+    row_ = arena_.template take<int64_t>(p_.batch);
+    for (int i = 0; i < count_; ++i) {
+      BackwardPart<A>& part = parts_[i];
+      part.dh = arena_.template take<A>(state_panels(part) * p_.batch * W);
+      part.dc = arena_.template take<A>((part.end - part.begin) * p_.batch * W);
+      part.wh = arena_.template take<A>(state_panels(part) * rows_of_wh() * W);
+      part.wr = arena_.template take<A>(y_.projects() ? (part.end - part.begin) * p_.state * W : 0);
+    }
+  }
+
+  void run() {
+    const Others others = others_of(team_.slices(), p_.directions, parts_, count_);
+    for (int i = 0; i < count_; ++i) take_weights(parts_[i]), begin(parts_[i]);
+    for (int64_t s = y_.steps - 1; s >= 0; --s) {
+      for (int i = 0; i < count_; ++i) take_gradient(parts_[i], s);
+      if (y_.projects()) {
+        team_.finish_phase();
+        team_.wait(others);
+      }
+      for (int i = 0; i < count_; ++i) step(parts_[i], s);
+      team_.finish_phase();
+      if (s == 0 && !p_.grad_h0) break;
+      team_.wait(others);
+      for (int i = 0; i < count_; ++i) pass_on(parts_[i], s);
+    }
+    for (int i = 0; i < count_; ++i) end(parts_[i]);
+  }
+
+ private:
+  int64_t rows_of_wh() const { return gates_of(p_.cell) * p_.hidden; }
+  int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
+  int64_t state_panels(const Part& part) const {
+    return y_.projects() ? part.r_end - part.r_begin : part.end - part.begin;
+  }
+
+  // Fills parts_; returns the bytes that they need.
+  size_t find_parts() {
+    const int64_t panels = (p_.hidden + W - 1) / W, r_panels = y_.projects() ? (p_.state + W - 1) / W : 0;
+    size_t bytes = 2 * Arena::bytes_of<A>(p_.batch * W) + Arena::bytes_of<int64_t>(p_.batch);
+    for (int i = 0; i < team_.count(); ++i) {
+      Part found[2];
+      const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
+      for (int j = 0; j < n; ++j) {
+        const int64_t own = found[j].end - found[j].begin;
+        static_cast<Part&>(parts_[count_++]) = found[j];
+        bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<A>(y_.projects() ? own * p_.state * W : 0) +
+                 Arena::bytes_of<A>(state_panels(found[j]) * p_.batch * W) +
+                 Arena::bytes_of<A>(state_panels(found[j]) * rows_of_wh() * W);
+      }
+    }
+    return bytes;
+  }
+
+  // Calls use(vector, unit, n) for the vectors of a panel that hold units below `end`, n of them.
+  template <class Use>
+  HT_INLINE void each_vector(int64_t panel, int64_t end, Use use) {
+    for (int64_t v = 0; v < 4 && panel * W + v * L < end; ++v) use(v, panel * W + v * L, end - panel * W - v * L);
+  }
+
+  // Columns [panel * W, + W) of a matrix [rows][columns].
+  void take_columns(const T* matrix, int64_t rows, int64_t columns, int64_t panel, A* to) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t v = 0; v < 4; ++v, to += L) {
+        const int64_t n = columns - panel * W - v * L;
+        store(to, n > 0 ? load_first(matrix + r * columns + panel * W + v * L, n) : vec<A>{});
+      }
+  }
+  void take_weights(BackwardPart<A>& part) {
+    for (int64_t i = 0; i < state_panels(part); ++i)
+      take_columns(y_.wh[part.direction], rows_of_wh(), p_.state, state_begin(part) + i,
+                   part.wh + i * rows_of_wh() * W);
+    for (int64_t i = part.begin; i < part.end && y_.projects(); ++i)
+      take_columns(y_.wr[part.direction], p_.state, p_.hidden, i, part.wr + (i - part.begin) * p_.state * W);
+  }
+
+  int64_t state_row(int64_t d, int64_t place) const {  // in h0, hn and their like
+    return (y_.layer * p_.directions + d) * p_.batch + caller_of(p_, place);
+  }
+
+  // Gradients of the final states, where each row starts.
+  void begin(BackwardPart<A>& part) {
+    auto copy = [&](const void* from, int64_t width, int64_t panel, A* to) {
+      for (int64_t place = 0; place < p_.batch; ++place, to += W) {
+        for (int v = 0; v < 4; ++v) store(to + v * L, vec<A>{});
+        if (!from) continue;
+        const T* row = static_cast<const T*>(from) + state_row(part.direction, place) * width;
+        each_vector(panel, width,
+                    [&](int64_t v, int64_t unit, int64_t n) { store(to + v * L, load_first(row + unit, n)); });
+      }
+    };
+    for (int64_t i = 0; i < state_panels(part); ++i)
+      copy(p_.grad_hn, p_.state, state_begin(part) + i, part.dh + i * p_.batch * W);
+    for (int64_t i = part.begin; i < part.end; ++i)
+      copy(p_.cell == RnnCell::lstm ? p_.grad_cn : nullptr, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
+  }
+
+  // dh += gradient of the output at this step.
+  void take_gradient(BackwardPart<A>& part, int64_t s) {
+    const int64_t n = active_at(p_, s), d = part.direction;
+    for (int64_t i = 0; i < state_panels(part); ++i) {
+      const int64_t panel = state_begin(part) + i;
+      A* dh = part.dh + i * p_.batch * W;
+      for (int64_t place = 0; place < n; ++place, dh += W) {
+        auto add = [&](const auto* row) {
+          each_vector(panel, p_.state, [&](int64_t v, int64_t unit, int64_t left) {
+            store(dh + v * L, load(dh + v * L) + load_first(row + d * p_.state + unit, left));
+          });
+        };
+        const int64_t time = time_of(p_, d, s, place), row = first_row(p_, time) + place;
+        if (y_.grad_output)
+          add(y_.grad_output + row * p_.directions * p_.state);
+        else if (p_.grad_output.data)
+          add(caller_row<const T>(p_, p_.grad_output, time, place));
+        if (!y_.projects()) continue;
+        each_vector(panel, p_.state, [&](int64_t v, int64_t unit, int64_t left) {
+          store_first(y_.r_row(d, place) + unit, load(dh + v * L), left);
+          store_first(y_.grad_r[d] + row * p_.state + unit, load(dh + v * L), left);
+        });
+      }
+    }
+  }
+
+  // d of own panels.
+  void step(BackwardPart<A>& part, int64_t s) {
+    const int64_t n = active_at(p_, s), d = part.direction;
+    for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t own = i - part.begin;
+      A* dh = part.dh + own * p_.batch * W;
+      if (y_.projects()) {
+        // gradient of what is projected = dh * W_r
+        dh = m_;
+        for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
+        multiply_panel(n, Broadcast<A>{y_.r_row(d, 0), p_.state, 1}, part.wr + own * p_.state * W, 4, p_.state, dh);
+      }
+      for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
+      y_.back(n, y_.keep[d], row_, state_, dh, part.dc + own * p_.batch * W, y_.d_row(d, s, 0), y_.gates[d], p_.hidden,
+              i * W);
+    }
+  }
+
+  // The state that the cell's back() asks for.
+  void take_state(int64_t d, int64_t s, int64_t place, int64_t panel) {
+    A* to = state_ + place * W;
+    auto take = [&](const auto* row) {
+      each_vector(panel, p_.hidden, [&](int64_t v, int64_t unit, int64_t n) {
+        store(to + v * L, row ? load_first(row + unit, n) : vec<A>{});
+      });
+    };
+    const bool lstm = p_.cell == RnnCell::lstm, before = lstm || p_.cell == RnnCell::gru;
+    if (before && s == 0) {
+      const void* first = lstm ? p_.c0 : p_.h0;
+      return take(first ? static_cast<const T*>(first) + state_row(d, place) * p_.hidden : nullptr);
+    }
+    const int64_t row = before ? row_of(p_, d, s - 1, place) : row_[place];
+    const A* kept = y_.keep[d];
+    take(lstm ? kept + (row * 5 + 4) * p_.hidden : y_.output + (row * p_.directions + d) * p_.state);
+  }
+
+  // dh of own panels += d * W_h
+  void pass_on(BackwardPart<A>& part, int64_t s) {
+    const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
+    for (int64_t i = 0; i < state_panels(part); ++i) {
+      A* dh = part.dh + i * p_.batch * W;
+      if (y_.projects())
+        for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
+      for (int64_t g = 0; g < gates; ++g)
+        multiply_panel(n, Broadcast<A>{y_.d_row(d, s, 0) + state_slot(p_.cell, g) * p_.hidden, y_.slots(), 1},
+                       part.wh + (i * rows_of_wh() + g * p_.hidden) * W, 4, p_.hidden, dh);
+    }
+  }
+
+  // Gradients of the initial states.
+  void end(const BackwardPart<A>& part) {
+    auto give = [&](void* to, int64_t width, int64_t panel, const A* from) {
+      for (int64_t place = 0; place < p_.batch && to; ++place, from += W) {
+        T* row = static_cast<T*>(to) + state_row(part.direction, place) * width;
+        each_vector(panel, width,
+                    [&](int64_t v, int64_t unit, int64_t n) { store_first(row + unit, load(from + v * L), n); });
+      }
+    };
+    for (int64_t i = 0; i < state_panels(part); ++i)
+      give(p_.grad_h0, p_.state, state_begin(part) + i, part.dh + i * p_.batch * W);
+    for (int64_t i = part.begin; i < part.end; ++i)
+      give(p_.grad_c0, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
+  }
+
+  const Layer& y_;
+  const RnnBackward& p_;
+  Team& team_;
+  int count_ = 0;
+  BackwardPart<A> parts_[2 * kMostSlices];
+  Arena arena_;
+  A *m_, *state_;
+  int64_t* row_;
+};
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,397 @@
+// Recurrent layers, forward. One parallel region a layer; both directions side by side.
+//
+// Plan of a slice, which owns panels of hidden units for all steps:
+//   for each stretch of steps:    X = rows of input * W_x, own panels, ahead of the recurrence      (scratch, in its
+//   L2)
+//     for each step, each panel:  S = h * W_h;  gates of X and S;  h, c of the own units            (scratch, in its
+//     L1)
+//                                 h goes to the ring that all slices read in the next step, and to its outputs
+//     tell the others, and wait for them before the next step
+// With a projection the ring carries what is to be projected, and a second half of the step does h = that * W_r.
+// The ring has two places: whoever writes one has seen that everybody is done with reading it.
+#pragma once
+#include "rnn_team.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+// ---- what depends on the cell ------------------------------------------------------------------------------------
+
+// The step's gates for `rows` places of one panel. x, s: [rows][vectors][L]. h, c: [rows][units], updated.
+// keep: of place p row[p] times `pitch` further, kept numbers at [kKept][hidden] from unit `first`; nullptr: inference.
+template <class A>
+using GateLoop = void (*)(int64_t rows, const A* x, const A* s, A* h, A* c, A* keep, const int64_t* row, int64_t hidden,
+                          int64_t first);
+
+template <template <class> class Cell, class A>
+void gate_loop(int64_t rows, const A* x, const A* s, A* h, A* c, A* keep, const int64_t* row, int64_t hidden,
+               int64_t first) {
+  using C = Cell<vec<A>>;
+  constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
+  for (int64_t p = 0; p < rows; ++p) {
+    for (int64_t v = 0; v < V; ++v) {
+      vec<A> xs[G], ss[G], kept[K ? K : 1], cell = C::kCell ? load(c + (p * V + v) * L) : vec<A>{};
+      for (int g = 0; g < G; ++g) {
+        xs[g] = load(x + ((p * V + v) * G + g) * L);
+        ss[g] = load(s + ((p * V + v) * G + g) * L);
+      }
+      const vec<A> next = C::step(xs, ss, load(h + (p * V + v) * L), cell, kept);
+      store(h + (p * V + v) * L, next);
+      if (C::kCell) store(c + (p * V + v) * L, cell);
+      const int64_t unit = first + v * L;
+      for (int k = 0; keep && k < K && unit < hidden; ++k)
+        store_first(keep + (row[p] * K + k) * hidden + unit, kept[k], hidden - unit);
+    }
+  }
+}
+
+template <class A>
+GateLoop<A> gate_loop_of(RnnCell cell) {
+  switch (cell) {
+    case RnnCell::lstm: return &gate_loop<Lstm, A>;
+    case RnnCell::gru: return &gate_loop<Gru, A>;
+    case RnnCell::tanh: return &gate_loop<ElmanTanh, A>;
+    default: return &gate_loop<ElmanRelu, A>;
+  }
+}
+
+// ---- a layer ------------------------------------------------------------------------------------------------------
+
+// The weights of one direction, in panels.
+template <class A, class T>
+struct DirectionWeights {
+  const T *x, *h, *r;
+  const A *x_bias, *h_bias;  // [panels][vectors][L]
+};
+
+template <class E, class T>
+struct LayerForward {
+  using A = Accumulate<E>;
+  using O = Operand<E>;
+
+  const RnnForward& p;
+  int64_t layer;
+  const A* input;  // [rows][width] of the layer below, nullptr: the caller's
+  A* output;       // [rows][directions * state], nullptr: the caller's alone
+  bool last;       // output goes to the caller
+  A* keep[2];      // of each direction, nullptr: inference
+  GateLoop<A> gates;
+  PanelShape wx, wh, wr;
+  DirectionWeights<A, T> weights[2];
+  int64_t steps;    // in which some row runs
+  int64_t stretch;  // steps whose X is made ahead
+  O* ring;          // [direction][2][batch][state]: h of the last two steps
+  O* m_ring;        // [direction][batch][hidden]: what is to be projected
+
+  bool projects() const { return p.state != p.hidden; }
+  O* h_row(int64_t direction, int64_t step, int64_t place) const {  // h after `step`
+    return ring + ((direction * 2 + (step & 1)) * p.batch + place) * round_up(p.state, 2);
+  }
+  O* m_row(int64_t direction, int64_t place) const {
+    return m_ring + (direction * p.batch + place) * round_up(p.hidden, 2);
+  }
+};
+
+// What a slice keeps of its part.
+template <class A>
+struct ForwardPart : Part {
+  A *h, *c;  // [panels][batch][units]; h is what is to be projected where there is a projection
+  A* x;      // [panels][rows of a stretch][vectors][L]
+};
+
+// One task's share of a layer.
+template <class E, class T>
+class ForwardTask {
+  using A = Accumulate<E>;
+  using O = Operand<E>;
+  using W = Weight<E, T>;
+  using Layer = LayerForward<E, T>;
+  static constexpr int L = kLanes<A>;
+
+ public:
+  ForwardTask(const Layer& layer, Team& team)
+      : y_(layer), p_(layer.p), team_(team), arena_(find_parts()), columns_(y_.wh.vectors() * L) {
+    rows_ = arena_.template take<O>(stretch_rows() * round_up(y_.wx.in, 2));
+    sums_ = arena_.template take<A>(p_.batch * 4 * L);
+    factor_ = arena_.template take<A>(round_up(y_.wx.in, kDropoutBlock));
+    row_ = arena_.template take<int64_t>(p_.batch);
+    for (int i = 0; i < count_; ++i) {
+      const int64_t panels = parts_[i].end - parts_[i].begin;
+      parts_[i].h = arena_.template take<A>(panels * p_.batch * units());
+      parts_[i].c = arena_.template take<A>(panels * p_.batch * units());
+      parts_[i].x = arena_.template take<A>(panels * stretch_rows() * columns_);
+    }
+  }
+
+  void run() {
+    const Others others = others_of(team_.slices(), p_.directions, parts_, count_);
+    for (int i = 0; i < count_; ++i) begin(parts_[i]);
+    team_.finish_phase();
+    for (int64_t s = 0; s < y_.steps; ++s) {
+      if (s % y_.stretch == 0)
+        for (int i = 0; i < count_; ++i) project_input(parts_[i], s, least(s + y_.stretch, y_.steps));
+      team_.wait(others);
+      for (int i = 0; i < count_; ++i) step(parts_[i], s);
+      if (y_.projects()) {
+        team_.finish_phase();
+        team_.wait(others);
+        for (int i = 0; i < count_; ++i) project_state(parts_[i], s);
+      }
+      team_.finish_phase();
+    }
+  }
+
+ private:
+  int64_t units() const { return units_of<A>(y_.wh); }
+  int64_t stretch_rows() const { return y_.stretch * p_.batch; }
+
+  // Fills parts_; returns the bytes that they need.
+  size_t find_parts() {
+    const int64_t panels = panels_of<A>(y_.wh), r_panels = y_.projects() ? panels_of<A>(y_.wr) : 0;
+    size_t bytes = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) + Arena::bytes_of<A>(p_.batch * 4 * L) +
+                   Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<int64_t>(p_.batch);
+    for (int i = 0; i < team_.count(); ++i) {
+      Part found[2];
+      const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
+      for (int j = 0; j < n; ++j) {
+        const int64_t own = found[j].end - found[j].begin;
+        static_cast<Part&>(parts_[count_++]) = found[j];
+        bytes += 2 * Arena::bytes_of<A>(own * p_.batch * units()) +
+                 Arena::bytes_of<A>(own * stretch_rows() * y_.wh.vectors() * L);
+      }
+    }
+    return bytes;
+  }
+
+  // Calls use(unit, end) for the own panels of the state: units [unit, end) in whole vectors.
+  template <class Use>
+  void each_state_panel(const ForwardPart<A>& part, Use use) {
+    const PanelShape& m = y_.projects() ? y_.wr : y_.wh;
+    const int64_t begin = y_.projects() ? part.r_begin : part.begin, end = y_.projects() ? part.r_end : part.end;
+    for (int64_t i = begin; i < end; ++i) use(i - begin, i * units_of<A>(m), units_of<A>(m));
+  }
+
+  // Initial states; final ones of rows without a step.
+  void begin(ForwardPart<A>& part) {
+    const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
+    for (int64_t place = 0; place < p_.batch; ++place) {
+      const int64_t at = cell * p_.batch + caller_of(p_, place);
+      const bool over = length_of(p_, place) == 0;
+      auto copy = [&](const void* from, void* final, A* to, O* ring, int64_t unit, int64_t end, int64_t width) {
+        for (int64_t u = unit; u < end; u += L, to += L) {
+          const int64_t n = width - u;
+          const T* source = static_cast<const T*>(from) + at * width + u;
+          const vec<A> v = from && n > 0 ? load_first(source, n) : vec<A>{};
+          if (to) store(to, v);
+          if (n <= 0) continue;
+          if (ring) store_first(ring + u, v, n);
+          if (over && final) store_first(static_cast<T*>(final) + at * width + u, v, n);
+        }
+      };
+      each_state_panel(part, [&](int64_t i, int64_t unit, int64_t width) {
+        A* to = y_.projects() ? scrap_ : part.h + (i * p_.batch + place) * width;
+        copy(p_.h0, p_.hn, to, y_.h_row(d, -1, place), unit, unit + width, p_.state);
+      });
+      for (int64_t i = part.begin; i < part.end && p_.cell == RnnCell::lstm; ++i)
+        copy(p_.c0, p_.cn, part.c + ((i - part.begin) * p_.batch + place) * units(), nullptr, i * units(),
+             (i + 1) * units(), p_.hidden);
+      for (int64_t s = -1; s <= 0 && p_.state & 1; ++s) y_.h_row(d, s, place)[p_.state] = O{};  // reads as half a pair
+      if (y_.projects() && p_.hidden & 1) y_.m_row(d, place)[p_.hidden] = O{};
+    }
+  }
+
+  // X = W_x x + b_x for the steps [from, to), own panels.
+  void project_input(ForwardPart<A>& part, int64_t from, int64_t to) {
+    const int64_t width = y_.wx.in, pitch = round_up(width, 2), d = part.direction;
+    O* out = rows_;
+    for (int64_t s = from; s < to; ++s) {
+      for (int64_t place = 0; place < active_at(p_, s); ++place, out += pitch) {
+        const int64_t time = time_of(p_, d, s, place);
+        if (width & 1) out[width] = O{};
+        if (!y_.input) {
+          copy_row<O, T>(out, caller_row<const T>(p_, p_.input, time, place), width, nullptr);
+          continue;
+        }
+        if (p_.dropout.p > 0) dropout_row<false>(factor_, width, mask_row(p_, y_.layer, time, place), p_.dropout);
+        copy_row<O, A>(out, y_.input + (first_row(p_, time) + place) * width, width,
+                       p_.dropout.p > 0 ? factor_ : nullptr);
+      }
+    }
+    const int64_t rows = first_row(p_, to) - first_row(p_, from);
+    const Broadcast<E> x{reinterpret_cast<const E*>(rows_), pitch / kPack<E>, 1};
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      A* sums = part.x + (i - part.begin) * stretch_rows() * columns_;
+      for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, weights(d).x_bias + i * columns_, columns_);
+      multiply(rows, x, weights(d).x, y_.wx, i, sums);
+    }
+  }
+
+  // The gates of own panels at a step.
+  void step(ForwardPart<A>& part, int64_t s) {
+    const int64_t n = active_at(p_, s), d = part.direction,
+                  before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
+    find_rows(d, s, n);
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const int64_t own = i - part.begin, unit = i * units();
+      A *h = part.h + own * p_.batch * units(), *c = part.c + own * p_.batch * units();
+      for (int64_t r = 0; r < n; ++r) fill_row(sums_ + r * columns_, weights(d).h_bias + i * columns_, columns_);
+      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, i, sums_);
+      y_.gates(n, part.x + (own * stretch_rows() + before) * columns_, sums_, h, c, y_.keep[d], row_, p_.hidden, unit);
+      if (y_.projects()) {
+        for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit, units(), p_.hidden);
+      } else {
+        give_state(d, s, n, h, unit, units());
+      }
+      if (p_.cell == RnnCell::lstm) give_final(d, s, n, c, unit);
+    }
+  }
+
+  // h = W_r m, own panels.
+  void project_state(ForwardPart<A>& part, int64_t s) {
+    const int64_t n = active_at(p_, s), d = part.direction, width = units_of<A>(y_.wr);
+    const Broadcast<E> m{reinterpret_cast<const E*>(y_.m_row(d, 0)), round_up(p_.hidden, 2) / kPack<E>, 1};
+    find_rows(d, s, n);
+    for (int64_t i = part.r_begin; i < part.r_end; ++i) {
+      for (int64_t j = 0; j < n * width; j += L) store(sums_ + j, vec<A>{});
+      multiply(n, m, weights(d).r, y_.wr, i, sums_);
+      give_state(d, s, n, sums_, i * width, width);
+    }
+  }
+
+  const DirectionWeights<A, T>& weights(int64_t d) const { return y_.weights[d]; }
+
+  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums) {
+    const W* weights = reinterpret_cast<const W*>(matrix + panel * panel_numbers<A>(m));
+    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums);
+  }
+
+  Broadcast<E> state_operand(int64_t d, int64_t step) const {
+    return {reinterpret_cast<const E*>(y_.h_row(d, step, 0)), round_up(p_.state, 2) / kPack<E>, 1};
+  }
+
+  void find_rows(int64_t d, int64_t s, int64_t n) {
+    for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
+  }
+
+  // `width` numbers from `unit` of a row that ends at `end`.
+  template <class To>
+  HT_INLINE void put(To* to, const A* from, int64_t unit, int64_t width, int64_t end) {
+    for (int64_t u = unit; u < unit + width && u < end; u += L, from += L) store_first(to + u, load(from), end - u);
+  }
+
+  // h of a step, [n][width] from `unit`, to all who read it.
+  void give_state(int64_t d, int64_t s, int64_t n, const A* h, int64_t unit, int64_t width) {
+    const int64_t cell = y_.layer * p_.directions + d;
+    for (int64_t place = 0; place < n; ++place, h += width) {
+      put(y_.h_row(d, s, place), h, unit, width, p_.state);
+      const int64_t time = time_of(p_, d, s, place);
+      if (y_.output) put(y_.output + (row_[place] * p_.directions + d) * p_.state, h, unit, width, p_.state);
+      if (y_.last) put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
+      if (s + 1 == length_of(p_, place))
+        put(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, h, unit, width, p_.state);
+    }
+  }
+  void give_final(int64_t d, int64_t s, int64_t n, const A* c, int64_t unit) {
+    const int64_t cell = y_.layer * p_.directions + d;
+    for (int64_t place = 0; place < n; ++place, c += units())
+      if (s + 1 == length_of(p_, place))
+        put(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden, c, unit, units(), p_.hidden);
+  }
+
+  const Layer& y_;
+  const RnnForward& p_;
+  Team& team_;
+  int count_ = 0;
+  ForwardPart<A> parts_[2 * kMostSlices];
+  Arena arena_;
+  const int64_t columns_;  // of a panel
+  O* rows_;                // inputs of a stretch as operands
+  A *sums_, *factor_;
+  int64_t* row_;  // of each place at the present step
+  alignas(64) A scrap_[4 * L];
+};
+
+// ---- the stack ----------------------------------------------------------------------------------------------------
+
+template <class E, class T>
+void rnn_forward_in(const RnnForward& p) {
+  using A = Accumulate<E>;
+  using O = Operand<E>;
+  Flag* flags = static_cast<Flag*>(p.scratch);
+  O* ring = reinterpret_cast<O*>(flags + kMostSlices);
+  O* m_ring = ring + 2 * p.directions * p.batch * round_up(p.state, 2);
+  A* between[2];
+  between[0] = reinterpret_cast<A*>(static_cast<char*>(p.scratch) + rnn_ring_bytes(p));
+  between[1] = between[0] + p.rows * p.directions * p.state;
+
+  const char* packed = static_cast<const char*>(p.packed_weights) + kRnnHeaderBytes;
+  const int64_t gates = gates_of(p.cell);
+  LayerForward<E, T> y{p,  0,  nullptr, nullptr, false, {},    gate_loop_of<A>(p.cell), {}, {},
+                       {}, {}, p.steps, 1,       ring,  m_ring};
+  while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
+  // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
+  const int64_t rows = most(24, (int64_t(512) << 10) / int64_t(sizeof(A)) / (gates * p.hidden));
+  y.stretch = most(1, least(rows / p.batch, p.steps));
+  for (y.layer = 0; y.layer < p.layers; ++y.layer) {
+    const int64_t width = rnn_input_size(p, y.layer);
+    y.last = y.layer + 1 == p.layers;
+    y.wx = {gates, p.hidden, width}, y.wh = {gates, p.hidden, p.state}, y.wr = {1, p.state, p.hidden};
+    for (int64_t d = 0; d < p.directions; ++d) {
+      auto next = [&](int64_t bytes) { return packed += bytes, packed - bytes; };
+      y.weights[d].x = reinterpret_cast<const T*>(next(rnn_matrix_bytes(p.dtype, gates, p.hidden, width)));
+      y.weights[d].h = reinterpret_cast<const T*>(next(rnn_matrix_bytes(p.dtype, gates, p.hidden, p.state)));
+      if (y.projects())
+        y.weights[d].r = reinterpret_cast<const T*>(next(rnn_matrix_bytes(p.dtype, 1, p.state, p.hidden)));
+      y.weights[d].x_bias = reinterpret_cast<const A*>(next(rnn_bias_bytes(p)));
+      y.weights[d].h_bias = y.weights[d].x_bias + rnn_bias_numbers(p);
+    }
+    y.input = y.output;
+    y.output = y.last ? nullptr : between[y.layer & 1];
+    if (p.saved) {
+      const SavedLayer<A> saved = saved_layer<A>(p, p.saved, y.layer);
+      y.output = saved.output;
+      for (int d = 0; d < 2; ++d) y.keep[d] = saved.keep[d];
+    }
+    const int slices = slices_for(p, width, p.directions * panels_of<A>(y.wh), thread_count(), 1);
+    run_slices(slices, flags, [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
+  }
+  clear_padding<T>(p, p.output, p.directions * p.state);
+}
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+template <class E, class T>
+void rnn_pack_in(const RnnPack& p) {
+  using A = Accumulate<E>;
+  constexpr int L = kLanes<A>;
+  const int64_t gates = gates_of(p.cell);
+  char* packed = static_cast<char*>(p.packed_weights) + kRnnHeaderBytes;
+  const void* const* weight = p.weights;
+  for (int64_t i = 0; i < p.layers * p.directions; ++i) {
+    const int64_t width = rnn_input_size(p, i / p.directions);
+    const void* bias[2] = {p.bias ? weight[2] : nullptr, p.bias ? weight[3] : nullptr};
+    auto pack = [&](const void* from, const PanelShape& m) {
+      T* to = reinterpret_cast<T*>(packed);
+      parallel_for(panels_of<A>(m), 1 + (32 << 10) / (1 + panel_numbers<A>(m)), [&](int64_t begin, int64_t end) {
+        for (int64_t panel = begin; panel < end; ++panel)
+          pack_panel<E>(static_cast<const T*>(from), m.in, m, panel, to + panel * panel_numbers<A>(m));
+      });
+      packed += rnn_matrix_bytes(p.dtype, m.gates, m.out, m.in);
+    };
+    pack(weight[0], {gates, p.hidden, width});
+    pack(weight[1], {gates, p.hidden, p.state});
+    if (p.state != p.hidden) pack(weight[p.bias ? 4 : 2], {1, p.state, p.hidden});
+    const PanelShape m{gates, p.hidden, 1};
+    for (int b = 0; b < 2; ++b) {
+      A* to = reinterpret_cast<A*>(packed) + b * rnn_bias_numbers(p);
+      for (int64_t v = 0; v < panels_of<A>(m) * m.vectors(); ++v, to += L) {
+        const int64_t unit = v / gates * L, n = p.hidden - unit;
+        const T* from = static_cast<const T*>(bias[b]) + v % gates * p.hidden + unit;
+        store(to, bias[b] && n > 0 ? load_first(from, n) : vec<A>{});
+      }
+    }
+    packed += rnn_bias_bytes(p);
+    weight += 2 + 2 * p.bias + (p.state != p.hidden);
+  }
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

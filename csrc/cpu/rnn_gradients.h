@@ -1,0 +1,269 @@
+// Recurrent layers, backward: what is left when all steps are done. With the gradients d of all pre-activations, of all
+// rows (times and places), and the rows' inputs x, states before h and what was projected m:
+//   grad W_x = d^T x,   grad W_h = d^T h,   grad W_r = (gradient of the projection)^T m,   grad b = sum of d
+//   grad x   = d W_x
+// Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
+// packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns.
+#pragma once
+#include "rnn_backward.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+template <class T>
+class LayerGradients {
+  using A = Accumulate<T>;
+  using Layer = LayerBackward<T>;
+  static constexpr int L = kLanes<A>, W = 4 * L;
+  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256;
+  static_assert(kColumns % W == 0);
+
+ public:
+  // input: [rows][width] of the layer below (under dropout), nullptr: the caller's. grad_input likewise.
+  // grad_weights: of this layer, one beside each of its weights, or nullptr.
+  LayerGradients(const Layer& layer, const A* input, A* grad_input, void* const* grad_weights, const int64_t* before,
+                 const int64_t* time, const int64_t* place)
+      : y_(layer),
+        p_(layer.p),
+        input_(input),
+        grad_input_(grad_input),
+        grad_weights_(grad_weights),
+        before_(before),
+        time_(time),
+        place_(place),
+        width_(rnn_input_size(p_, layer.layer)),
+        gates_(gates_of(p_.cell)),
+        rows_(first_row(p_, p_.steps)) {}
+
+  void run() {
+    const bool wants_input = grad_input_ || p_.grad_input.data;
+    const int64_t of_input = wants_input ? tiles(rows_) * columns(width_) : 0;
+    const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
+                  of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
+                  of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0, of_bias = p_.bias ? 1 : 0;
+    const int64_t each = of_x + of_h + of_r + of_bias, of_weights = grad_weights_ ? p_.directions * each : 0;
+    const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
+    parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
+      if (i < of_input) return input_tile(i / columns(width_), i % columns(width_));
+      i -= of_input;
+      const int64_t d = i / each;
+      i %= each;
+      if (i < of_x) return weight_tile(Source::x, d, i, columns(width_));
+      if ((i -= of_x) < of_h) return weight_tile(Source::h, d, i, columns(p_.state));
+      if ((i -= of_h) < of_r) return weight_tile(Source::r, d, i, columns(p_.hidden));
+      biases(d);
+    });
+  }
+
+ private:
+  enum class Source { x, h, r };
+
+  static int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+  static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
+  int64_t output_width() const { return p_.directions * p_.state; }
+  const T* weights_of(int64_t d) const { return y_.wx[d]; }
+  T* gradient(int64_t d, int64_t which) const {
+    const int64_t each = 2 + 2 * p_.bias + y_.projects();
+    return static_cast<T*>(grad_weights_[d * each + which]);
+  }
+
+  // Numbers [first, first + n) of a row into panels: number j of row r of the block at [j / W][r][j % W]; zeros after
+  // n.
+  template <class S>
+  HT_INLINE static void to_panels(A* panels, int64_t r, const S* from, int64_t n) {
+    for (int64_t j = 0; j < round_up(n, W); j += L)
+      store(panels + (j / W * kDepth + r) * W + j % W, from && j < n ? load_first(from + j, n - j) : vec<A>{});
+  }
+
+  // Row `row` of what a weight's gradient is made with, numbers [first, first + n).
+  void take_row(Source source, int64_t d, int64_t row, int64_t first, int64_t n, A* panels, int64_t r) {
+    if (source == Source::x) {
+      if (input_) return to_panels(panels, r, input_ + row * width_ + first, n);
+      return to_panels(panels, r, caller_row<const T>(p_, p_.input, time_[row], place_[row]) + first, n);
+    }
+    if (source == Source::h) {
+      const int64_t before = before_[d * p_.rows + row];
+      if (before >= 0) return to_panels(panels, r, y_.output + before * output_width() + d * p_.state + first, n);
+      const int64_t state = (y_.layer * p_.directions + d) * p_.batch + caller_of(p_, place_[row]);
+      const T* h0 = static_cast<const T*>(p_.h0);
+      return to_panels(panels, r, h0 ? h0 + state * p_.state + first : nullptr, n);
+    }
+    const A* kept = y_.keep[d] + row * 5 * p_.hidden + first;
+    alignas(64) A m[kColumns];
+    for (int64_t j = 0; j < n; j += L) {
+      const vec<A> o = load_first(kept + 3 * p_.hidden + j, n - j), c = load_first(kept + 4 * p_.hidden + j, n - j);
+      store(m + j, o * tanh(c));
+    }
+    to_panels(panels, r, m, n);
+  }
+
+  // C[kTile][kColumns] += B * panels
+  static void add_product(int64_t rows, Broadcast<A> b, const A* panels, int64_t vectors, int64_t depth, A* c) {
+    for (int64_t v = 0; v < vectors; v += 4)
+      multiply_rows<A, 4, true>(rows, b, panels + v * L * kDepth, W, depth, c + v * L, kColumns);
+  }
+
+  // Rows [tile * kTile, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
+  void weight_tile(Source source, int64_t d, int64_t i, int64_t column_tiles) {
+    const int64_t height = source == Source::r ? p_.state : p_.hidden, per_gate = tiles(height);
+    const int64_t gate = i / column_tiles / per_gate, tile = i / column_tiles % per_gate;
+    const int64_t width = source == Source::x ? width_ : source == Source::h ? p_.state : p_.hidden;
+    const int64_t j = tile * kTile, rows = least(kTile, height - j);
+    const int64_t first = i % column_tiles * kColumns, n = least(kColumns, width - first);
+    const int64_t slot = source == Source::h ? state_slot(p_.cell, gate) : gate;
+    const A* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * p_.hidden + j;
+    const int64_t pitch = source == Source::r ? p_.state : y_.slots();
+
+    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<A>(kDepth * kColumns) +
+                Arena::bytes_of<A>(kDepth * kTile));
+    A* sums = arena.take<A>(kTile * kColumns);
+    A* panels = arena.take<A>(kDepth * kColumns);
+    A* block = arena.take<A>(kDepth * kTile);
+    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t row = 0; row < rows_; row += kDepth) {
+      const int64_t depth = least(kDepth, rows_ - row);
+      for (int64_t r = 0; r < depth; ++r) {
+        take_row(source, d, row + r, first, n, panels, r);
+        for (int64_t k = 0; k < rows; k += L)
+          store(block + r * kTile + k, load_first(left + (row + r) * pitch + k, rows - k));
+      }
+      add_product(rows, {block, 1, kTile}, panels, round_up(n, W) / L, depth, sums);
+    }
+    const int64_t which = source == Source::x ? 0 : source == Source::h ? 1 : 2 + 2 * p_.bias;
+    T* to = gradient(d, which) + (gate * height + j) * width + first;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < n; k += L) store_first(to + r * width + k, load(sums + r * kColumns + k), n - k);
+  }
+
+  // Sums of d over all rows, by blocks: so that many small numbers are not added to one large.
+  void biases(int64_t d) {
+    for (int64_t slot = 0; slot < slots_of(p_.cell); ++slot) {
+      for (int64_t unit = 0; unit < p_.hidden; unit += L) {
+        const int64_t n = p_.hidden - unit;
+        vec<A> total{};
+        for (int64_t row = 0; row < rows_; row += kDepth) {
+          vec<A> sum{};
+          for (int64_t r = row; r < least(row + kDepth, rows_); ++r)
+            sum += load_first(y_.gates[d] + r * y_.slots() + slot * p_.hidden + unit, n);
+          total += sum;
+        }
+        if (slot < gates_) store_first(gradient(d, 2) + slot * p_.hidden + unit, total, n);
+        for (int64_t g = 0; g < gates_; ++g)
+          if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + g * p_.hidden + unit, total, n);
+      }
+    }
+  }
+
+  // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
+  void input_tile(int64_t tile, int64_t column_tile) {
+    const int64_t row = tile * kTile, rows = least(kTile, rows_ - row), depth = gates_ * p_.hidden;
+    const int64_t first = column_tile * kColumns, n = least(kColumns, width_ - first);
+    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<A>(kDepth * kColumns) +
+                Arena::bytes_of<A>(round_up(width_, kDropoutBlock)));
+    A* sums = arena.take<A>(kTile * kColumns);
+    A* panels = arena.take<A>(kDepth * kColumns);
+    A* factor = arena.take<A>(round_up(width_, kDropoutBlock));
+    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t d = 0; d < p_.directions; ++d) {
+      for (int64_t k = 0; k < depth; k += kDepth) {
+        const int64_t some = least(kDepth, depth - k);
+        for (int64_t r = 0; r < some; ++r) to_panels(panels, r, weights_of(d) + (k + r) * width_ + first, n);
+        add_product(rows, {y_.gates[d] + row * y_.slots() + k, y_.slots(), 1}, panels, round_up(n, W) / L, some, sums);
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t time = time_[row + r], place = place_[row + r];
+      const A* sum = sums + r * kColumns;
+      if (grad_input_) {
+        const bool drops = p_.dropout.p > 0;
+        if (drops) dropout_row<false>(factor, width_, mask_row(p_, y_.layer, time, place), p_.dropout);
+        A* to = grad_input_ + (row + r) * width_ + first;
+        for (int64_t k = 0; k < n; k += L)
+          store_first(to + k, drops ? load(sum + k) * load_first(factor + first + k, n - k) : load(sum + k), n - k);
+      } else {
+        T* to = caller_row<T>(p_, p_.grad_input, time, place) + first;
+        for (int64_t k = 0; k < n; k += L) store_first(to + k, load(sum + k), n - k);
+      }
+    }
+  }
+
+  const Layer& y_;
+  const RnnBackward& p_;
+  const A* input_;
+  A* grad_input_;
+  void* const* grad_weights_;
+  const int64_t *before_, *time_, *place_;
+  const int64_t width_, gates_, rows_;  // rows_: those that exist
+};
+
+// ---- the stack ----------------------------------------------------------------------------------------------------
+
+// Of each row: the row of its state before (-1: the initial one) in each direction, its time and place.
+inline void find_rows(const RnnBackward& p, int64_t* before, int64_t* time, int64_t* place) {
+  for (int64_t t = 0, row = 0; t < p.steps; ++t) {
+    for (int64_t i = 0; i < active_at(p, t); ++i, ++row) {
+      time[row] = t, place[row] = i;
+      before[row] = t ? first_row(p, t - 1) + i : -1;
+      if (p.directions == 2) before[p.rows + row] = t + 1 < length_of(p, i) ? first_row(p, t + 1) + i : -1;
+    }
+  }
+}
+
+// A layer's input as the forward took it.
+template <class A>
+const A* drop_input(const RnnBackward& p, int64_t layer, const A* from, A* to, const int64_t* time,
+                    const int64_t* place) {
+  const int64_t width = p.directions * p.state, rows = first_row(p, p.steps);
+  parallel_for(rows, 1 + (16 << 10) / width, [&](int64_t begin, int64_t end) {
+    Scratch<A> factor(round_up(width, kDropoutBlock));
+    for (int64_t row = begin; row < end; ++row) {
+      dropout_row<false>(factor.data, width, mask_row(p, layer, time[row], place[row]), p.dropout);
+      copy_row<A, A>(to + row * width, from + row * width, width, factor.data);
+    }
+  });
+  return to;
+}
+
+template <class T>
+void rnn_backward_in(const RnnBackward& p) {
+  using A = Accumulate<T>;
+  const RnnBackwardScratch at = rnn_backward_scratch(p);
+  char* scratch = static_cast<char*>(p.scratch);
+  auto numbers = [&](int64_t offset) { return reinterpret_cast<A*>(scratch + offset); };
+  auto integers = [&](int64_t offset) { return reinterpret_cast<int64_t*>(scratch + offset); };
+  Flag* flags = reinterpret_cast<Flag*>(scratch);
+  int64_t *before = integers(at.before), *time = integers(at.time), *place = integers(at.place);
+  find_rows(p, before, time, place);
+
+  const int64_t each = 2 + 2 * p.bias + (p.state != p.hidden), output = p.rows * p.directions * p.state;
+  LayerBackward<T> y{p, 0, nullptr, nullptr, {}, {}, {}, {}, back_loop_of<A>(p.cell), p.steps, {}, {}, {}, {}};
+  while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
+  y.ring = reinterpret_cast<A*>(flags + kMostSlices);
+  y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
+  for (int d = 0; d < 2; ++d) {
+    y.gates[d] = numbers(at.gates) + d * p.rows * y.slots();
+    y.grad_r[d] = numbers(at.projected) + d * p.rows * p.state;
+  }
+  for (y.layer = p.layers - 1; y.layer >= 0; --y.layer) {
+    const SavedLayer<A> saved = saved_layer<A>(p, p.saved, y.layer);
+    y.output = saved.output;
+    for (int64_t d = 0; d < p.directions; ++d) {
+      const void* const* weights = p.weights + (y.layer * p.directions + d) * each;
+      y.keep[d] = saved.keep[d];
+      y.wx[d] = static_cast<const T*>(weights[0]), y.wh[d] = static_cast<const T*>(weights[1]);
+      y.wr[d] = y.projects() ? static_cast<const T*>(weights[each - 1]) : nullptr;
+    }
+    const int64_t panels = p.directions * ((p.hidden + 4 * kLanes<A> - 1) / (4 * kLanes<A>));
+    run_slices(slices_for(p, 0, panels, thread_count(), 1), flags, [&](Team& team) { BackwardTask<T>(y, team).run(); });
+
+    const A* input = y.layer ? saved_layer<A>(p, p.saved, y.layer - 1).output : nullptr;
+    if (y.layer && p.dropout.p > 0 && p.grad_weights)
+      input = drop_input(p, y.layer, input, numbers(at.masked), time, place);
+    A* grad_input = y.layer ? numbers(at.between) + (y.layer & 1) * output : nullptr;
+    void* const* grads = p.grad_weights ? p.grad_weights + y.layer * p.directions * each : nullptr;
+    LayerGradients<T>(y, input, grad_input, grads, before, time, place).run();
+    y.grad_output = grad_input;
+  }
+  clear_padding<T>(p, p.grad_input, p.input_size);
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

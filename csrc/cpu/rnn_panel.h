@@ -1,0 +1,214 @@
+// Recurrent layers, what all of them stand on: matrices in panels, and products with them.
+//
+// A panel is a matrix's columns for one to four vectors of outputs, of which all gates lie side by side at each step k
+// of the summed width:
+//   LSTM  4 gates x 1 vector of hidden units,  GRU  3 x 1,  one gate (RNN, projections, the backward's)  1 x 4
+// so that a block of rows keeps a panel's sums in registers over all of k, and the weights are read in one stream.
+//   panel[k][unit vector][gate][lane],  of `pair` also [two neighbours along k]
+#pragma once
+#include "../rnn.h"
+
+#include "gemm.h"
+#include "gates.h"
+#include "parallel.h"
+#include "philox.h"
+#include "scratch.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+HT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+HT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Element type E of the products' operands: float or double, or pair for bf16 where the ISA multiplies pairs. A row of
+// operands is stored as numbers of type Operand, an even count of them.
+template <class E>
+struct OperandOf {
+  using type = E;
+};
+template <>
+struct OperandOf<pair> {
+  using type = bf16;
+};
+template <class E>
+using Operand = typename OperandOf<E>::type;
+template <class E>
+inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
+
+// Of one matrix [gates * out, in].
+struct PanelShape {
+  int64_t gates, out, in;
+  int64_t unit_vectors() const { return gates == 1 ? 4 : 1; }
+  int64_t vectors() const { return gates * unit_vectors(); }
+};
+
+template <class A>
+HT_INLINE int64_t units_of(const PanelShape& m) {
+  return m.unit_vectors() * kLanes<A>;
+}
+template <class A>
+HT_INLINE int64_t panels_of(const PanelShape& m) {
+  return (m.out + units_of<A>(m) - 1) / units_of<A>(m);
+}
+template <class A>
+HT_INLINE int64_t panel_numbers(const PanelShape& m) {
+  return round_up(m.in, 2) * m.vectors() * kLanes<A>;
+}
+
+// L rows of numbers become L vectors, one of each k: columns [k, k + L) of rows [row, row + L) that are below `rows`.
+template <class A, class T>
+HT_INLINE void load_columns(const T* matrix, int64_t pitch, int64_t rows, int64_t cols, vec<A>* column) {
+  constexpr int L = kLanes<A>;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) column[i] = i < rows && cols > 0 ? load_first(matrix + i * pitch, cols) : vec<A>{};
+  transpose<A>(column);
+}
+
+// One panel of W [gates * out, in], row-major at `pitch`.
+template <class E, class T>
+__attribute__((noinline)) void pack_panel(const T* w, int64_t pitch, const PanelShape& m, int64_t panel, T* to) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t step = m.vectors() * L;
+  for (int64_t v = 0; v < m.unit_vectors(); ++v) {
+    for (int64_t g = 0; g < m.gates; ++g) {
+      const int64_t unit = (panel * m.unit_vectors() + v) * L;
+      const T* rows = w + (g * m.out + unit) * pitch;
+      T* column_to = to + (v * m.gates + g) * L * kPack<E>;
+      for (int64_t k = 0; k < round_up(m.in, 2); k += L) {
+        vec<A> column[L];
+        load_columns<A>(rows + k, pitch, m.out - unit, m.in - k, column);
+        for (int i = 0; i < L && k + i < round_up(m.in, 2); i += kPack<E>) {
+          if constexpr (std::is_same_v<E, pair>) {
+            const u32 pairs = narrow_pair(column[i], column[i + 1]);
+            __builtin_memcpy(column_to + (k + i) * step, &pairs, sizeof pairs);
+          } else {
+            store(column_to + (k + i) * step, column[i]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------
+
+// What a product reads the weights of a tensor of T as.
+template <class E, class T>
+using Weight = std::conditional_t<std::is_same_v<E, pair>, pair, T>;
+
+// C[v] += sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; two chains of sums a vector, of
+// even and odd k, keep up with them.
+template <class E, int MV, class W>
+__attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c) {
+  using A = Accumulate<E>;
+  constexpr int L = kLanes<A>, Step = MV * L;
+  vec<A> even[MV], odd[MV];
+#pragma GCC unroll 4
+  for (int v = 0; v < MV; ++v) even[v] = odd[v] = vec<A>{};
+  int64_t k = 0;
+  for (; k + 2 <= depth; k += 2, panel += 2 * Step) {
+    const vec<E> first = broadcast(b[k]), second = broadcast(b[k + 1]);
+#pragma GCC unroll 4
+    for (int v = 0; v < MV; ++v) {
+      even[v] = multiply_add(first, load(panel + v * L), even[v]);
+      odd[v] = multiply_add(second, load(panel + Step + v * L), odd[v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < MV; ++v) {
+    if (k < depth) even[v] = multiply_add(vec<E>(broadcast(b[k])), load(panel + v * L), even[v]);
+    store(c + v * L, load(c + v * L) + (even[v] + odd[v]));
+  }
+}
+
+// All rows with a part of a panel that stays in the nearest caches, in blocks of rows as equal as can be.
+template <class E, int MV, class W>
+inline void multiply_rows_of_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t depth, Accumulate<E>* c) {
+  constexpr int64_t kStep = MV * kLanes<Accumulate<E>>, kDepth = 512, kRows = kBlockRows<MV>;
+  if (rows == 1) return multiply_row<E, MV>(b.data, panel, depth, c);
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
+      const Broadcast<E> part{b.data + from * b.row + k * b.step, b.row, b.step};
+      multiply_rows<E, MV, true>(to - from, part, panel + k * kStep, kStep, least(kDepth, depth - k), c + from * kStep,
+                                 kStep);
+    }
+  }
+}
+
+// C[rows][vectors * L] += B[rows][depth] * panel
+template <class E, class W>
+inline void multiply_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t vectors, int64_t depth,
+                           Accumulate<E>* c) {
+  if (vectors == 3) return multiply_rows_of_panel<E, 3>(rows, b, panel, depth, c);
+  multiply_rows_of_panel<E, 4>(rows, b, panel, depth, c);
+}
+
+// ---- rows -------------------------------------------------------------------------------------------------------
+
+// A row of operands from numbers of another type, times `factor` unless that is nullptr.
+template <class O, class S>
+HT_INLINE void copy_row(O* to, const S* from, int64_t width, const Accumulate<S>* factor) {
+  using A = Accumulate<S>;
+  constexpr int L = kLanes<A>;
+  for (int64_t k = 0; k < width; k += L) {
+    const vec<A> v = load_first(from + k, width - k);
+    store_first(to + k, factor ? v * load_first(factor + k, width - k) : v, width - k);
+  }
+}
+
+template <class A>
+HT_INLINE void fill_row(A* to, const A* from, int64_t n) {  // n in whole vectors
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(to + i, load(from + i));
+}
+
+// ---- where rows are ---------------------------------------------------------------------------------------------
+
+HT_INLINE int64_t length_of(const Rnn& p, int64_t place) { return p.lengths ? p.lengths[place] : p.steps; }
+HT_INLINE int64_t active_at(const Rnn& p, int64_t step) { return p.active ? p.active[step] : p.batch; }
+HT_INLINE int64_t first_row(const Rnn& p, int64_t time) { return p.first ? p.first[time] : time * p.batch; }
+HT_INLINE int64_t caller_of(const Rnn& p, int64_t place) { return p.order ? p.order[place] : place; }
+// When a direction takes the time that is its `step`.
+HT_INLINE int64_t time_of(const Rnn& p, int64_t direction, int64_t step, int64_t place) {
+  return direction ? length_of(p, place) - 1 - step : step;
+}
+HT_INLINE int64_t row_of(const Rnn& p, int64_t direction, int64_t step, int64_t place) {
+  return first_row(p, time_of(p, direction, step, place)) + place;
+}
+// Of a tensor of the caller.
+template <class T>
+HT_INLINE T* caller_row(const Rnn& p, const RnnTensor& t, int64_t time, int64_t place) {
+  T* data = static_cast<T*>(t.data);
+  return data + (p.packed ? (first_row(p, time) + place) * t.batch : time * t.step + caller_of(p, place) * t.batch);
+}
+// Row of the dropout's mask for a layer's input.
+HT_INLINE int64_t mask_row(const Rnn& p, int64_t layer, int64_t time, int64_t place) {
+  const int64_t row = p.packed ? first_row(p, time) + place : time * p.batch + caller_of(p, place);
+  return (layer - 1) * p.rows + row;
+}
+
+// Zeros in the rows, `width` numbers each, of a tensor of the caller that lie past a place's length.
+template <class T>
+void clear_padding(const Rnn& p, const RnnTensor& t, int64_t width) {
+  if (p.packed || !p.lengths || !t.data) return;
+  parallel_for(p.batch, 1 + (64 << 10) / (1 + p.steps * width), [&](int64_t begin, int64_t end) {
+    for (int64_t place = begin; place < end; ++place)
+      for (int64_t time = length_of(p, place); time < p.steps; ++time)
+        __builtin_memset(caller_row<T>(p, t, time, place), 0, width * sizeof(T));
+  });
+}
+
+// Where saved has a layer's parts.
+template <class A>
+struct SavedLayer {
+  A *output, *keep[2];
+};
+template <class A, class S>
+HT_INLINE SavedLayer<A> saved_layer(const Rnn& p, S* saved, int64_t layer) {
+  A* at = const_cast<A*>(static_cast<const A*>(saved)) + layer * rnn_saved_of_layer(p);
+  A* keep = at + p.rows * p.directions * p.state;
+  return {at, {keep, keep + p.rows * saved_of(p.cell) * p.hidden}};
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,141 @@
+// Recurrent layers: who works on what, and how they wait for each other.
+//
+// A layer's panels, of both directions, are cut into slices, one for each thread wanted. A slice is owned by one task
+// for all steps, so its weights stay in that core's cache, and tells by its flag how many phases it has finished. What
+// a phase computes depends on the shapes alone, so the number of slices is free.
+//
+// The flags belong to slices, not to threads. torch's pool may give fewer threads than asked for, run tasks one after
+// the other (in nested parallel regions), or keep some waiting behind another region's. So a task claims its slices,
+// waits a moment until all are claimed, and then claims the rest itself: from there on every slice is served by a task
+// that runs, and nobody can wait for one that does not. A task that comes too late finds nothing to do.
+#pragma once
+#include <sched.h>
+
+#include "rnn_panel.h"
+
+namespace handtuned::HANDTUNED_ISA {
+
+inline constexpr int kMostSlices = 64;
+
+struct alignas(128) Flag {  // two lines: cores fetch them in pairs
+  int64_t phases, claimed;
+};
+
+// Until ready(): a short spin, since a step takes microseconds, then the core is offered to others.
+template <class Ready>
+HT_INLINE void wait_until(Ready ready) {
+  for (int spins = 0; !ready();) {
+    if (++spins < 100)
+      relax();
+    else
+      sched_yield();
+  }
+}
+
+// Slices that may have a part in one of the directions of these parts, which a task claimed in any order.
+struct Others {
+  int begin, end;
+};
+template <class P>
+Others others_of(int slices, int64_t directions, const P* parts, int count) {
+  int64_t first = directions - 1, last = 0;
+  for (int i = 0; i < count; ++i) first = least(first, parts[i].direction), last = most(last, parts[i].direction);
+  return {int(slices * first / directions), int((slices * (last + 1) + directions - 1) / directions)};
+}
+
+// The slices that one task owns.
+class Team {
+ public:
+  Team(Flag* flags, int slices) : flags_(flags), slices_(slices) {}
+
+  // Owns [begin, end) as far as nobody else does, and everything that is left once others have had time to come.
+  void claim(int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) claim(int(s));
+    constexpr int kPatience = 2000;
+    for (int tries = 0; tries < kPatience && !all_claimed(); ++tries) tries < 100 ? relax() : void(sched_yield());
+    for (int s = 0; s < slices_; ++s) claim(s);
+  }
+
+  int count() const { return count_; }
+  int slice(int i) const { return mine_[i]; }
+  int slices() const { return slices_; }
+
+  void finish_phase() {
+    ++phase_;
+    for (int i = 0; i < count_; ++i) __atomic_store_n(&flags_[mine_[i]].phases, phase_, __ATOMIC_RELEASE);
+  }
+  // Until those slices have finished all phases that this task has.
+  void wait(Others others) const {
+    if (count_ == slices_) return;
+    for (int s = others.begin; s < others.end; ++s)
+      wait_until([&]() HT_LAMBDA { return __atomic_load_n(&flags_[s].phases, __ATOMIC_ACQUIRE) >= phase_; });
+  }
+
+ private:
+  bool all_claimed() const {
+    for (int s = 0; s < slices_; ++s)
+      if (!__atomic_load_n(&flags_[s].claimed, __ATOMIC_RELAXED)) return false;
+    return true;
+  }
+  void claim(int s) {
+    if (!__atomic_exchange_n(&flags_[s].claimed, 1, __ATOMIC_RELAXED)) mine_[count_++] = s;
+  }
+
+  Flag* flags_;
+  int slices_, count_ = 0, mine_[kMostSlices];
+  int64_t phase_ = 0;
+};
+
+// work(team) in as many tasks as come, each with the slices that it owns.
+template <class Work>
+void run_slices(int slices, Flag* flags, Work work) {
+  for (int s = 0; s < slices; ++s) flags[s].phases = flags[s].claimed = 0;
+  parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
+    Team team(flags, slices);
+    team.claim(begin, end);
+    if (team.count()) work(team);
+  });
+}
+
+// The panels of a slice that lie in one direction: of the hidden units, and of the projection.
+struct Part {
+  int64_t direction, begin, end, r_begin, r_end;
+};
+
+// Slice s of `slices`: the directions' panels, one after the other, are cut in equal shares. Returns the count of
+// parts.
+inline int parts_of(int s, int slices, int64_t directions, int64_t panels, int64_t r_panels, Part* parts) {
+  int count = 0;
+  for (int64_t d = 0; d < directions; ++d) {
+    auto share = [&](int64_t n, int64_t end) {  // in direction d
+      return most(0, least(n, directions * n * (s + end) / slices - d * n));
+    };
+    const Part part{d, share(panels, 0), share(panels, 1), share(r_panels, 0), share(r_panels, 1)};
+    if (part.begin < part.end || part.r_begin < part.r_end) parts[count++] = part;
+  }
+  return count;
+}
+
+// ---- how many slices ----------------------------------------------------------------------------------------------
+
+// A layer takes  region + steps * (work / slices + meet * log2(slices))  microseconds; the count with the least of it.
+// The constants are those of common machines, rounded: what matters is the order of magnitude at which a second thread
+// begins to pay.
+inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int threads, double passes) {
+  constexpr double kFlops = 5e4, kFlopsOfOne = 2.5e4;  // a microsecond; one row of a batch waits for its weights
+  constexpr double kRegion = 4, kMeet = 0.3;           // microseconds
+  const double numbers = double(gates_of(p.cell) * p.hidden) * double(input_size + p.state) * double(p.directions);
+  const double work = passes * 2 * numbers * double(p.batch) / (p.batch > 1 ? kFlops : kFlopsOfOne);
+  const int64_t most_slices = least(least(threads, panels), kMostSlices);
+  int best = 1;
+  double least_time = work * double(p.steps), meetings = 1;
+  for (int64_t s = 2; s <= most_slices; ++s) {
+    while ((int64_t(1) << int(meetings)) < s) ++meetings;
+    const double share = double((panels + s - 1) / s) / double(panels);
+    const double time = kRegion + double(p.steps) * (work * share + kMeet * meetings);
+    if (time < least_time) best = int(s), least_time = time;
+  }
+  return best;
+}
+
+}  // namespace handtuned::HANDTUNED_ISA

@@ -1,0 +1,328 @@
+// Recurrent family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
+#include "rnn.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "boxing.h"
+#include "cpu/dispatch.h"
+#include "tensor.h"
+
+namespace handtuned {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// What the Params point to and no argument owns.
+struct Holders {
+  OptionalTensor input, grad_output, h0, c0, grad_hn, grad_cn;
+  Tensors weights;
+  std::vector<const void*> weight_data;
+  std::vector<int64_t> order, active, first, lengths;
+};
+
+ScalarType wide(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_device(const char* op, const std::string& name, const Tensor& tensor, const char* main = "input") {
+  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, ", main, " is; move it with .to(", main, ".device)");
+}
+
+void take_mode(const char* op, Rnn& p, const std::string& mode) {
+  constexpr const char* kModes[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
+  const auto* found = std::find(kModes, kModes + 4, mode);
+  HT_CHECK(found != kModes + 4, op, "mode is '", mode, "', allowed are LSTM, GRU, RNN_TANH and RNN_RELU");
+  p.cell = RnnCell(found - kModes);
+}
+
+void take_sizes(const char* op, Rnn& p, int64_t hidden, int64_t proj, int64_t layers) {
+  HT_CHECK(hidden >= 1, op, "hidden_size is ", hidden, ", the least is 1");
+  HT_CHECK(proj == 0 || (p.cell == RnnCell::lstm && 0 < proj && proj < hidden), op, "proj_size is ", proj,
+           ", allowed are 0 and, for the LSTM, less than hidden_size, ", hidden);
+  HT_CHECK(layers >= 1, op, "num_layers is ", layers, ", the least is 1");
+  p.hidden = hidden, p.state = proj ? proj : hidden, p.layers = layers;
+}
+
+// Sizes from the weights, which are checked against each other. `main` is what their dtype follows.
+void take_weights(const char* op, Rnn& p, Holders& h, const Tensors& weights, bool bias, const Tensor& main,
+                  const char* main_name) {
+  const int64_t gates = gates_of(p.cell), count = int64_t(weights.size());
+  for (int64_t i = 0; i < std::min<int64_t>(2, count); ++i) {
+    const Shape s = weights[i].sizes();
+    HT_CHECK(s.size() == 2 && s[0] >= gates && s[0] % gates == 0, op, "weights[", i, "] has shape ", to_string(s),
+             ", expected [", gates, " * hidden_size, width]; pass torch's flat weights");
+  }
+  const Shape w_hh = weights[count > 1 ? 1 : 0].sizes();
+  p.hidden = w_hh[0] / gates, p.state = w_hh[1];
+  const bool projected = p.state != p.hidden;
+  HT_CHECK(!projected || (p.cell == RnnCell::lstm && 0 < p.state && p.state < p.hidden), op, "weights[1] has shape ",
+           to_string(w_hh), ", expected [", w_hh[0], ", ", p.hidden,
+           "], or fewer columns for an LSTM with a projection");
+  const int64_t each = 2 + 2 * bias + projected, of_layer = each * p.directions;
+  HT_CHECK(count % of_layer == 0, op, "weights has ", count, " tensors, expected a multiple of ", of_layer, ": ", each,
+           " for each layer and direction; pass torch's flat weights");
+  p.layers = count / of_layer, p.input_size = weights[0].sizes()[1];
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string name = "weights[" + std::to_string(i) + "]";
+    const int64_t rows = gates * p.hidden, place = i % each, width = rnn_input_size(p, i / of_layer);
+    const int64_t matrix[2] = {place == 0 || place == 1 ? rows : p.state, place == 0   ? width
+                                                                          : place == 1 ? p.state
+                                                                                       : p.hidden};
+    const Shape expected = bias && (place == 2 || place == 3) ? Shape(&rows, 1) : Shape(matrix, 2);
+    check_device(op, name, weights[i], main_name);
+    HT_CHECK(equal(weights[i].sizes(), expected), op, name, " has shape ", to_string(weights[i].sizes()), ", expected ",
+             to_string(expected), "; pass torch's flat weights");
+    HT_CHECK(weights[i].scalar_type() == main.scalar_type(), op, name, " is ", to_string(weights[i].scalar_type()),
+             ", ", main_name, " is ", to_string(main.scalar_type()), "; convert one with .to()");
+    if (!weights[i].is_contiguous()) h.weights.push_back(contiguous(weights[i]));
+    h.weight_data.push_back((weights[i].is_contiguous() ? weights[i] : h.weights.back()).data_ptr());
+  }
+}
+
+// Lengths as places, longest first, and what runs at each step.
+void take_lengths(const char* op, Rnn& p, Holders& h, const Tensor& given) {
+  check_device(op, "lengths", given);
+  HT_CHECK(given.scalar_type() == ScalarType::Long, op, "lengths is ", to_string(given.scalar_type()),
+           ", expected int64; convert it");
+  HT_CHECK(given.dim() == 1 && given.numel() == p.batch, op, "lengths has shape ", to_string(given.sizes()),
+           ", expected [", p.batch, "]; pass one for each batch entry");
+  const Tensor held = contiguous(given);
+  const int64_t* lengths = static_cast<const int64_t*>(held.data_ptr());
+  int64_t total = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t most = !p.packed ? p.steps : b ? lengths[b - 1] : p.rows;
+    HT_CHECK(lengths[b] >= 0 && lengths[b] <= most, op, "lengths[", b, "] is ", lengths[b], ", the limits are 0 and ",
+             most, p.packed ? ", falling, beside packed input; sort them" : " steps; clamp it");
+    total += lengths[b];
+  }
+  HT_CHECK(!p.packed || total == p.rows, op, "lengths add up to ", total, ", input has ", p.rows,
+           " packed rows; they must be equal");
+  if (p.packed) p.steps = p.batch ? lengths[0] : 0;
+  h.order.resize(p.batch);
+  std::iota(h.order.begin(), h.order.end(), 0);
+  if (!p.packed)
+    std::stable_sort(h.order.begin(), h.order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+  h.lengths.resize(p.batch);
+  for (int64_t i = 0; i < p.batch; ++i) h.lengths[i] = lengths[h.order[i]];
+  h.active.resize(p.steps);
+  h.first.assign(p.steps + 1, 0);
+  for (int64_t t = 0, n = p.batch; t < p.steps; ++t) {
+    while (n && h.lengths[n - 1] <= t) --n;
+    h.active[t] = n;
+    h.first[t + 1] = h.first[t] + n;
+  }
+  p.order = h.order.data(), p.lengths = h.lengths.data(), p.active = h.active.data(), p.first = h.first.data();
+}
+
+void check_like(const char* op, const char* name, const Tensor& tensor, Shape shape, ScalarType dtype,
+                const char* remedy) {
+  check_device(op, name, tensor);
+  HT_CHECK(equal(tensor.sizes(), shape), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
+           to_string(shape), "; pass ", remedy);
+  HT_CHECK(tensor.scalar_type() == dtype, op, name, " is ", to_string(tensor.scalar_type()), ", expected ",
+           to_string(dtype), "; convert it with .to()");
+}
+
+// Contiguous data of an optional tensor [layers * directions, batch, width].
+const void* state_data(const char* op, const char* name, const Rnn& p, const OptionalTensor& given, int64_t width,
+                       ScalarType dtype, OptionalTensor& holder, const char* remedy) {
+  if (!given) return nullptr;
+  const int64_t shape[3] = {p.layers * p.directions, p.batch, width};
+  check_like(op, name, *given, Shape(shape, 3), dtype, remedy);
+  if (given->is_contiguous()) return given->data_ptr();
+  holder = contiguous(*given);
+  return holder->data_ptr();
+}
+
+// [steps, batch, width] or packed [rows, width], last stride 1: the tensor itself or one copy of it.
+RnnTensor operand(const Tensor& given, OptionalTensor& holder) {
+  const int64_t n = given.dim();
+  const bool in_place = given.sizes()[n - 1] <= 1 || given.strides()[n - 1] == 1;
+  if (!in_place) holder = contiguous(given);
+  const Tensor& t = in_place ? given : *holder;
+  const Shape s = t.strides();
+  return n == 3 ? RnnTensor{t.data_ptr(), s[0], s[1]} : RnnTensor{t.data_ptr(), 0, s[0]};
+}
+
+// `width` wide rows beside those of `like`: the rows of a batch entry together in memory where they are so in `like`.
+Tensor mirror(const Tensor& like, int64_t width) {
+  const Shape s = like.sizes();
+  if (s.size() == 2) return empty({s[0], width}, like.scalar_type());
+  const int64_t sizes[3] = {s[0], s[1], width};
+  if (like.strides()[0] >= like.strides()[1]) return empty(Shape(sizes, 3), like.scalar_type());
+  const int64_t row = std::max<int64_t>(width, 1), strides[3] = {row, std::max<int64_t>(s[0], 1) * row, 1};
+  return empty_strided(Shape(sizes, 3), Shape(strides, 3), like.scalar_type());
+}
+
+// Dims, lengths and initial states; input_size is known where the weights are given.
+void take_input(const char* op, Rnn& p, Holders& h, const std::string& mode, const Tensor& input,
+                const OptionalTensor& lengths, const OptionalTensor& h0, const OptionalTensor& c0) {
+  const Shape s = input.sizes();
+  HT_CHECK(s.size() == 3 || (s.size() == 2 && lengths), op, "input has shape ", to_string(s),
+           ", expected [steps, batch, width], or packed [rows, width] beside lengths; unsqueeze or reshape it");
+  const int64_t width = s[s.size() - 1];
+  if (!p.input_size) p.input_size = width;
+  HT_CHECK(width == p.input_size, op, "input has width ", width, ", weights[0] has ", p.input_size,
+           " columns; they must be equal");
+  p.packed = s.size() == 2;
+  p.batch = p.packed ? lengths->numel() : s[1];
+  p.steps = p.packed ? 0 : s[0];
+  p.rows = p.packed ? s[0] : s[0] * s[1];
+  if (lengths) take_lengths(op, p, h, *lengths);
+  const char* remedy = "one state for each layer and direction";
+  p.h0 = state_data(op, "h0", p, h0, p.state, input.scalar_type(), h.h0, remedy);
+  HT_CHECK(!c0 || p.cell == RnnCell::lstm, op, "c0 is given but mode is ", mode, "; only the LSTM has a cell state");
+  p.c0 = state_data(op, "c0", p, c0, p.hidden, input.scalar_type(), h.c0, remedy);
+}
+
+RnnHeader header_of(const Rnn& p) {
+  RnnHeader header{};
+  header.vector_bytes = kernels().vector_bytes;
+  header.pairs = p.dtype == DType::bf16 && kernels().multiply_add_pairs;
+  header.dtype = int32_t(p.dtype), header.cell = int32_t(p.cell);
+  header.input_size = p.input_size, header.hidden = p.hidden, header.state = p.state;
+  header.layers = p.layers, header.directions = p.directions;
+  return header;
+}
+
+void zero(const Tensor& tensor) { std::memset(tensor.data_ptr(), 0, tensor.numel() * size_of(tensor.scalar_type())); }
+
+// ---- the ops ----------------------------------------------------------------------------------------------------
+
+Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectional, bool bias) {
+  const char* op = "rnn_pack";
+  HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
+  RnnPack p{};
+  Holders h;
+  p.dtype = dtype_of(op, "weights[0]", weights[0]);
+  p.directions = 1 + bidirectional;
+  take_mode(op, p, mode);
+  take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
+  Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
+  const RnnHeader header = header_of(p);
+  std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);
+  std::memcpy(packed.data_ptr(), &header, sizeof header);
+  p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
+  kernels().rnn_pack(p);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& lengths,
+                                               const OptionalTensor& h0, const OptionalTensor& c0, const Tensor& packed,
+                                               const std::string& mode, int64_t hidden_size, int64_t proj_size,
+                                               int64_t num_layers, bool bidirectional, double dropout_p,
+                                               const OptionalTensor& seed, bool need_saved) {
+  const char* op = "rnn";
+  RnnForward p{};
+  Holders h;
+  p.dtype = dtype_of(op, "input", input);
+  p.directions = 1 + bidirectional;
+  take_mode(op, p, mode);
+  take_sizes(op, p, hidden_size, proj_size, num_layers);
+  take_input(op, p, h, mode, input, lengths, h0, c0);
+  check_device(op, "packed", packed);
+  const int64_t bytes = rnn_packed_bytes(p);
+  HT_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.numel() == bytes &&
+               packed.is_contiguous(),
+           op, "packed is ", to_string(packed.scalar_type()), " of shape ", to_string(packed.sizes()),
+           ", expected uint8 of shape [", bytes, "]; pass what rnn_pack made of this stack's weights");
+  const RnnHeader header = header_of(p);
+  HT_CHECK(std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
+           "packed was made for another layer or another instruction set than ", kernels().isa,
+           "; pass what rnn_pack makes of this stack's weights now");
+  p.dropout = dropout_of(op, dropout_p, seed);
+
+  const ScalarType dtype = input.scalar_type();
+  const int64_t cells = p.layers * p.directions, saved_numbers = need_saved ? p.layers * rnn_saved_of_layer(p) : 0;
+  Tensor output = mirror(input, p.directions * p.state), hn = empty({cells, p.batch, p.state}, dtype);
+  Tensor cn = p.cell == RnnCell::lstm ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
+  Tensor saved = empty({saved_numbers}, wide(input));
+  if (p.batch > 0) {
+    OptionalTensor unused;
+    const Tensor scratch = empty({rnn_scratch_bytes(p, need_saved)}, ScalarType::Byte);
+    p.input = operand(input, h.input);
+    p.output = operand(output, unused);
+    p.packed_weights = packed.data_ptr();
+    p.hn = hn.data_ptr(), p.cn = cn.data_ptr();
+    p.saved = saved_numbers ? saved.data_ptr() : nullptr;
+    p.scratch = scratch.data_ptr();
+    kernels().rnn_forward(p);
+  }
+  return {std::move(output), std::move(hn), std::move(cn), std::move(saved)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
+    const OptionalTensor& grad_output, const OptionalTensor& grad_hn, const OptionalTensor& grad_cn,
+    const Tensor& input, const OptionalTensor& lengths, const OptionalTensor& h0, const OptionalTensor& c0,
+    const Tensors& weights, const Tensor& saved, const std::string& mode, bool bidirectional, bool bias,
+    double dropout_p, const OptionalTensor& seed, bool need_input, bool need_h0, bool need_c0, bool need_weights) {
+  const char* op = "rnn_backward";
+  RnnBackward p{};
+  Holders h;
+  p.dtype = dtype_of(op, "input", input);
+  p.directions = 1 + bidirectional;
+  take_mode(op, p, mode);
+  HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
+  take_weights(op, p, h, weights, bias, input, "input");
+  take_input(op, p, h, mode, input, lengths, h0, c0);
+  p.dropout = dropout_of(op, dropout_p, seed);
+  const char* remedy = "what the forward returned, with need_saved";
+  const ScalarType dtype = input.scalar_type();
+  if (grad_output) {
+    int64_t sizes[3];
+    std::copy_n(input.sizes().data(), input.dim(), sizes);
+    sizes[input.dim() - 1] = p.directions * p.state;
+    check_like(op, "grad_output", *grad_output, Shape(sizes, input.dim()), dtype, remedy);
+    p.grad_output = operand(*grad_output, h.grad_output);
+  }
+  p.grad_hn = state_data(op, "grad_hn", p, grad_hn, p.state, dtype, h.grad_hn, remedy);
+  p.grad_cn = state_data(op, "grad_cn", p, grad_cn, p.hidden, dtype, h.grad_cn, remedy);
+  const int64_t saved_numbers = p.layers * rnn_saved_of_layer(p);
+  check_like(op, "saved", saved, Shape(&saved_numbers, 1), wide(input), remedy);
+  HT_CHECK(saved.is_contiguous(), op, "saved is not contiguous; pass ", remedy);
+
+  const int64_t cells = p.layers * p.directions;
+  int64_t numbers = 0;
+  for (const Tensor& weight : weights) numbers += weight.numel();
+  Tensor grad_input = need_input ? mirror(input, p.input_size) : empty({0}, dtype);
+  Tensor grad_h0 = need_h0 ? empty({cells, p.batch, p.state}, dtype) : empty({0}, dtype);
+  Tensor grad_c0 = need_c0 ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
+  Tensor grad_weights = empty({need_weights ? numbers : 0}, dtype);
+  if (p.batch == 0) {
+    zero(grad_weights);
+    return {std::move(grad_input), std::move(grad_h0), std::move(grad_c0), std::move(grad_weights)};
+  }
+  OptionalTensor unused;
+  const Tensor scratch = empty({rnn_backward_scratch(p).bytes}, ScalarType::Byte);
+  std::vector<void*> grads;
+  char* next = static_cast<char*>(grad_weights.data_ptr());
+  for (size_t i = 0; need_weights && i < weights.size(); ++i) {
+    grads.push_back(next);
+    next += weights[i].numel() * int64_t(size_of(dtype));
+  }
+  p.input = operand(input, h.input);
+  if (need_input) p.grad_input = operand(grad_input, unused);
+  p.weights = h.weight_data.data(), p.bias = bias;
+  p.saved = saved.data_ptr();
+  p.grad_h0 = need_h0 ? grad_h0.data_ptr() : nullptr;
+  p.grad_c0 = need_c0 ? grad_c0.data_ptr() : nullptr;
+  p.grad_weights = need_weights ? grads.data() : nullptr;
+  p.scratch = scratch.data_ptr();
+  kernels().rnn_backward(p);
+  return {std::move(grad_input), std::move(grad_h0), std::move(grad_c0), std::move(grad_weights)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
+  m.impl("rnn_pack", HT_BOX(rnn_pack));
+  m.impl("rnn", HT_BOX(rnn));
+  m.impl("rnn_backward", HT_BOX(rnn_backward));
+}
+
+}  // namespace handtuned
