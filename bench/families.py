@@ -53,4 +53,15 @@ ATTENTION = Family(
     "4·heads·queries·keys·dim forward, pairs that are masked out not counted, 3.5 times that with the backward. "
     "Faults are page faults per call.",
 )
-FAMILIES = {family.name: family for family in (NORM, ATTENTION)}
+LINEAR = Family(
+    "linear",
+    "Linear benchmarks",
+    (("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    "% of limit",
+    _COMMON
+    + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
+    "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
+    "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
+    "with. onnxruntime has no single node of it. Faults are page faults per call.",
+)
+FAMILIES = {family.name: family for family in (NORM, ATTENTION, LINEAR)}

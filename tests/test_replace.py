@@ -49,7 +49,7 @@ def model() -> Model:
 
 
 X = torch.linspace(-2, 3, 40).reshape(5, 8)
-TWINS = {"first": handtuned.nn.LayerNorm, "second": handtuned.nn.RMSNorm}
+TWINS = {"linear": handtuned.nn.Linear, "first": handtuned.nn.LayerNorm, "second": handtuned.nn.RMSNorm}
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -64,7 +64,11 @@ def test_exact_types_become_twins_in_place(model: Model) -> None:
     state = {name: t.clone() for name, t in model.state_dict().items()}
     report = handtuned.replace(model)
     assert {row.name: row.after for row in report.replaced} == TWINS
-    assert {row.name: row.before for row in report.replaced} == {"first": nn.LayerNorm, "second": nn.RMSNorm}
+    assert {row.name: row.before for row in report.replaced} == {
+        "linear": nn.Linear,
+        "first": nn.LayerNorm,
+        "second": nn.RMSNorm,
+    }
     assert not report.left
     assert {name: type(getattr(model, name)) for name in TWINS} == TWINS
     assert all(m is modules[name] for name, m in model.named_modules())
@@ -75,7 +79,7 @@ def test_exact_types_become_twins_in_place(model: Model) -> None:
     assert isinstance(model.first, nn.LayerNorm)
     close(model(X), expected)
     calls = [c.op.removesuffix("_inference") for c in handtuned.explain(model, X).calls]
-    assert calls == ["layer_norm", "rms_norm", "layer_norm"]
+    assert calls == ["layer_norm", "linear", "rms_norm", "layer_norm"]
 
 
 def test_what_is_left_is_named_with_its_reason() -> None:
@@ -83,7 +87,7 @@ def test_what_is_left_is_named_with_its_reason() -> None:
     patched = nn.RMSNorm(8)
     patched.forward = lambda x: x + 1  # type: ignore[method-assign]
     named = {"custom": CustomLayerNorm(8), "parametrized": parametrized, "patched": patched, "foreign": T5LayerNorm()}
-    model = nn.ModuleDict(named | {"plain": nn.LayerNorm(8), "other": nn.Linear(8, 8), "batch": nn.BatchNorm1d(8)})
+    model = nn.ModuleDict(named | {"plain": nn.LayerNorm(8), "other": nn.Conv1d(8, 8, 1), "batch": nn.BatchNorm1d(8)})
     before = {name: type(m) for name, m in model.items()}
     report = handtuned.replace(model)
     left = {row.name: row.why for row in report.left}
@@ -271,7 +275,7 @@ def test_after_torch_compile(model: Model) -> None:
     compiled = torch.compile(model, backend=backend)
     expected = compiled(X)
     report = handtuned.replace(compiled)
-    assert len(report.replaced) == 2
+    assert len(report.replaced) == 3
     close(compiled(X), expected)
     assert "handtuned" in graphs[-1]
     assert "handtuned" not in graphs[0]
@@ -296,7 +300,7 @@ def test_distributed_data_parallel(model: Model, order: str) -> None:
         handtuned.replace(model)
     wrapped = nn.parallel.DistributedDataParallel(model)
     if order == "after":
-        assert len(handtuned.replace(wrapped, check=X).replaced) == 2
+        assert len(handtuned.replace(wrapped, check=X).replaced) == 3
     wrapped(X).square().sum().backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)

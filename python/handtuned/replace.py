@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import backends, nn
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.LayerNorm: nn.LayerNorm,
+    torch.nn.Linear: nn.Linear,
     torch.nn.RMSNorm: nn.RMSNorm,
 }
 
@@ -121,7 +123,7 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
         check: an input to compare on, before against after: a tensor, a tuple of positional or a dict of keyword
             arguments. Raises AssertionError if outputs or gradients differ (see Report.check); the model is then as
             before.
-        strict: raise ValueError, with nothing replaced, if a norm was left.
+        strict: raise ValueError, with nothing replaced, if a norm or a linear layer was left.
 
     Returns:
         Report with .replaced, .left, .check(*args), .undo(); prints as a table.
@@ -149,7 +151,7 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
 
 
 def _why_left(module: torch.nn.Module) -> str | None:
-    """Why a norm cannot become a twin; None for one that can and for modules that are no norms."""
+    """Why a module that looks like a twin's original cannot become one; None for one that can and for all others."""
     kind = type(module)
     if kind in TWINS:
         if "forward" in module.__dict__:
@@ -160,6 +162,8 @@ def _why_left(module: torch.nn.Module) -> str | None:
         odd = [p.dtype for p in module.parameters(recurse=False) if p.dtype not in backends.DTYPES]
         return f"its parameters are {odd[0]}, which no kernel reads" if odd else None
     if kind in TWINS.values() or kind in (nn.AddLayerNorm, nn.AddRMSNorm):
+        return None
+    if kind is NonDynamicallyQuantizableLinear:  # its owner reads the weight and never calls it
         return None
     for twin in TWINS:
         if isinstance(module, twin):
