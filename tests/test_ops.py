@@ -47,7 +47,8 @@ def test_names_and_schemas() -> None:
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
     assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
-    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.RNN_OPS
+    assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
+    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS | ops.RNN_OPS
     for name, op in ops.OPS.items():
         schema = op._schema
         assert op is getattr(torch.ops.handtuned, name).default
