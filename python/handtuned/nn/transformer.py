@@ -26,7 +26,6 @@ from .attention import MultiheadAttention
 from .fusing import activated, activation_name, add_norm, add_projected, plain
 from .twins import constructor, twin
 
-
 # ---- what layers and stacks share -----------------------------------------------------------------------------------
 
 
