@@ -54,6 +54,7 @@ class Truth:
     names: tuple[str, ...]
     torchs: dict[str, Tensor]
     truth: dict[str, numerics.Array]
+    factor: float = numerics.FACTOR
 
     def red(self, results: Sequence[Tensor]) -> str | None:
         """What breaks the contract, or None."""
@@ -67,7 +68,7 @@ class Truth:
                 continue
             errors = numerics.Errors(torch.finfo(result.dtype).eps)
             errors.add(result, torchs, truth)
-            excess = errors.excess()
+            excess = errors.excess(self.factor)
             if excess:
                 found.append(f"{name}: {excess}")
         return "; ".join(found) or None

@@ -100,13 +100,13 @@ class Errors:
             self.squares[i] += float((values**2).mean())
             self.largest[i] += float(np.abs(values).max())
 
-    def excess(self) -> str | None:
+    def excess(self, factor: float = FACTOR) -> str | None:
         """What is wrong, or None."""
         if self.draws == 0:
             return None
         rms = [(s / self.draws) ** 0.5 for s in self.squares]
         for name, (ours, torchs, scale) in (("rms", rms), ("largest", [v / self.draws for v in self.largest])):
-            allowed = FACTOR * torchs + (self.eps / 2 + self.slack) * scale
+            allowed = factor * torchs + (self.eps / 2 + self.slack) * scale
             if not ours <= allowed:
                 unit = self.eps * scale or self.eps
                 return f"{name} error {ours / unit:.3g} eps, torch's {torchs / unit:.3g}, allowed {allowed / unit:.3g}"
