@@ -55,6 +55,7 @@ class Truth:
     names: tuple[str, ...]
     torchs: dict[str, Tensor]
     truth: dict[str, numerics.Array]
+    factor: float = numerics.FACTOR
 
     def red(self, results: Sequence[Tensor]) -> str | None:
         """What breaks the contract, or None."""
@@ -68,7 +69,7 @@ class Truth:
                 continue
             errors = numerics.Errors(torch.finfo(result.dtype).eps)
             errors.add(result, torchs, truth)
-            excess = errors.excess(largest=False)
+            excess = errors.excess(self.factor, largest=False)
             if excess:
                 found.append(f"{name}: {excess}")
         return "; ".join(found) or None

@@ -186,7 +186,7 @@ def terminal(run: Run, colour: bool) -> str:
         bad = row["status"] != "ok" or losing(row)
         table.add_row(*cells(row, run.family), style="red" if bad else "yellow" if verdict(row) == "missed" else "")
     console = Console(
-        width=200, force_terminal=colour, no_color=not colour, color_system="standard" if colour else None
+        width=230, force_terminal=colour, no_color=not colour, color_system="standard" if colour else None
     )
     with console.capture() as capture:
         console.print(table)

@@ -332,7 +332,8 @@ def step(name: str, model: Any) -> dict[str, Tensor]:
         inputs["labels"] = torch.tensor([0, 1])
     else:
         tokens = sentences()["input_ids"][:, :7] if model.config.is_encoder_decoder else inputs["input_ids"]
-        inputs["labels"] = tokens.masked_fill(tokens == 0, -100)
+        padding = tokens == 0  # and what the last place of padding on the left would have to tell
+        inputs["labels"] = tokens.masked_fill(padding | (padding.roll(1, 1) & (padding.cumsum(1) > 0)), -100)
     model.zero_grad()
     found = model(**inputs)
     found.loss.backward()
