@@ -40,7 +40,8 @@ class LayerGradients {
     const int64_t of_input = wants_input ? tiles(rows_) * columns(width_) : 0;
     const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
                   of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
-                  of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0, of_bias = p_.bias ? 1 : 0;
+                  of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0,
+                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0;
     const int64_t each = of_x + of_h + of_r + of_bias, of_weights = grad_weights_ ? p_.directions * each : 0;
     const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
     parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
@@ -51,7 +52,8 @@ class LayerGradients {
       if (i < of_x) return weight_tile(Source::x, d, i, columns(width_));
       if ((i -= of_x) < of_h) return weight_tile(Source::h, d, i, columns(p_.state));
       if ((i -= of_h) < of_r) return weight_tile(Source::r, d, i, columns(p_.hidden));
-      biases(d);
+      i -= of_r;
+      bias_tile(d, i / columns(p_.hidden), i % columns(p_.hidden));
     });
   }
 
@@ -147,23 +149,25 @@ class LayerGradients {
       for (int64_t k = 0; k < n; k += L) store_first(to + r * width + k, load(sums + r * kColumns + k), n - k);
   }
 
-  // Sums of d over all rows, by blocks: so that many small numbers are not added to one large.
-  void biases(int64_t d) {
-    for (int64_t slot = 0; slot < slots_of(p_.cell); ++slot) {
-      for (int64_t unit = 0; unit < p_.hidden; unit += L) {
-        const int64_t n = p_.hidden - unit;
-        vec<A> total{};
-        for (int64_t row = 0; row < rows_; row += kDepth) {
-          vec<A> sum{};
-          for (int64_t r = row; r < least(row + kDepth, rows_); ++r)
-            sum += load_first(y_.gates[d] + r * y_.slots() + slot * y_.pitch() + unit, n);
-          total += sum;
-        }
-        if (slot < gates_) store_first(gradient(d, 2) + slot * p_.hidden + unit, total, n);
-        for (int64_t g = 0; g < gates_; ++g)
-          if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + g * p_.hidden + unit, total, n);
+  // Sums of kColumns columns of a slot of d over all rows, by blocks: so that many small numbers are not added to one
+  // large.
+  void bias_tile(int64_t d, int64_t slot, int64_t column_tile) {
+    const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
+    alignas(64) A total[kColumns] = {}, sum[kColumns];
+    for (int64_t row = 0; row < rows_; row += kDepth) {
+      for (int64_t k = 0; k < n; k += L) store(sum + k, vec<A>{});
+      for (int64_t r = row; r < least(row + kDepth, rows_); ++r) {
+        const O* from = y_.gates[d] + r * y_.slots() + slot * y_.pitch() + first;
+        for (int64_t k = 0; k < n; k += L) store(sum + k, load(sum + k) + load_first(from + k, n - k));
       }
+      for (int64_t k = 0; k < n; k += L) store(total + k, load(total + k) + load(sum + k));
     }
+    for (int64_t g = 0; g < gates_; ++g)
+      for (int64_t k = 0; k < n; k += L) {
+        const int64_t at = g * p_.hidden + first + k;
+        if (g == slot) store_first(gradient(d, 2) + at, load(total + k), n - k);
+        if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
+      }
   }
 
   // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
