@@ -134,13 +134,14 @@ struct RnnBackwardScratch {
   int64_t gates, projected, between, masked, before, time, place, bytes;
 };
 inline RnnBackwardScratch rnn_backward_scratch(const Rnn& p) {
-  const int64_t wide = rnn_wide_bytes(p), slots = slots_of(p.cell) * p.hidden, output = p.directions * p.state;
+  const int64_t wide = rnn_wide_bytes(p), slots = slots_of(p.cell) * round_up(p.hidden, 2);
+  const int64_t output = p.directions * p.state, projected = p.directions * round_up(p.state, 2);
   RnnBackwardScratch at{};
   auto next = [&](int64_t& offset, int64_t bytes) { offset = at.bytes, at.bytes += round_up(bytes, 64); };
   int64_t exchange;
-  next(exchange, 64 * 128 + p.directions * p.batch * (2 * slots + p.state) * wide);
+  next(exchange, 64 * 128 + p.batch * (2 * p.directions * slots + projected) * wide);
   next(at.gates, p.directions * p.rows * slots * wide);
-  next(at.projected, p.state != p.hidden ? p.rows * output * wide : 0);
+  next(at.projected, p.state != p.hidden ? p.rows * projected * wide : 0);
   next(at.between, p.layers > 1 ? 2 * p.rows * output * wide : 0);
   next(at.masked, p.layers > 1 && p.dropout.p > 0 ? p.rows * output * wide : 0);
   next(at.before, p.directions * p.rows * 8);

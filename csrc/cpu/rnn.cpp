@@ -26,7 +26,7 @@ void rnn_forward(const RnnForward& p) {
 }
 
 void rnn_backward(const RnnBackward& p) {
-  with_elements(p.dtype, [&](auto, auto t) { rnn_backward_in<decltype(t)>(p); });
+  with_elements(p.dtype, [&](auto e, auto t) { rnn_backward_in<decltype(e), decltype(t)>(p); });
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -14,14 +14,14 @@
 namespace handtuned::HANDTUNED_ISA {
 
 // The cell's back() for `rows` places of one panel. keep: as the forward left it, of place p row[p] times further.
-// state, dh, dc: [rows][4][L]; dh becomes the part that does not go through W_h. d of place p goes to ring
-// [p][slots][hidden] and to gates [row[p]][slots][hidden].
-template <class A>
-using BackLoop = void (*)(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, A* ring,
-                          A* gates, int64_t hidden, int64_t first);
+// state, dh, dc: [rows][4][L]; dh becomes the part that does not go through W_h. d of place p goes to gates
+// [row[p]][slots][pitch].
+template <class A, class O>
+using BackLoop = void (*)(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, O* gates,
+                          int64_t pitch, int64_t hidden, int64_t first);
 
-template <template <class> class Cell, class A>
-void back_loop(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, A* ring, A* gates,
+template <template <class> class Cell, class A, class O>
+void back_loop(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, O* gates, int64_t pitch,
                int64_t hidden, int64_t first) {
   using C = Cell<vec<A>>;
   constexpr int L = kLanes<A>, K = C::kKept, S = C::kSlots;
@@ -33,28 +33,30 @@ void back_loop(int64_t rows, const A* keep, const int64_t* row, const A* state, 
       store(dh + at, C::back(kept, load(state + at), load(dh + at), cell, d));
       if (C::kCell) store(dc + at, cell);
       for (int k = 0; k < S; ++k) {
-        store_first(ring + (p * S + k) * hidden + unit, d[k], n);
-        store_first(gates + (row[p] * S + k) * hidden + unit, d[k], n);
+        O* to = gates + (row[p] * S + k) * pitch + unit;
+        store_first(to, d[k], n);
+        if (n < pitch - unit && n < L) to[n] = O{};
       }
     }
   }
 }
 
-template <class A>
-BackLoop<A> back_loop_of(RnnCell cell) {
+template <class A, class O>
+BackLoop<A, O> back_loop_of(RnnCell cell) {
   switch (cell) {
-    case RnnCell::lstm: return &back_loop<Lstm, A>;
-    case RnnCell::gru: return &back_loop<Gru, A>;
-    case RnnCell::tanh: return &back_loop<ElmanTanh, A>;
-    default: return &back_loop<ElmanRelu, A>;
+    case RnnCell::lstm: return &back_loop<Lstm, A, O>;
+    case RnnCell::gru: return &back_loop<Gru, A, O>;
+    case RnnCell::tanh: return &back_loop<ElmanTanh, A, O>;
+    default: return &back_loop<ElmanRelu, A, O>;
   }
 }
 // Slot of the gradient that goes through gate g's rows of W_h.
 HT_INLINE int64_t state_slot(RnnCell cell, int64_t g) { return cell == RnnCell::gru && g == 2 ? 3 : g; }
 
-template <class T>
+template <class E, class T>
 struct LayerBackward {
-  using A = Accumulate<T>;
+  using A = Accumulate<E>;
+  using O = Operand<E>;
 
   const RnnBackward& p;
   int64_t layer;
@@ -62,32 +64,45 @@ struct LayerBackward {
   const A* output;       // of the forward, [rows][directions * state]
   const A* keep[2];
   const T *wx[2], *wh[2], *wr[2];  // of each direction, as the caller has them
-  BackLoop<A> back;
+  BackLoop<A, O> back;
   int64_t steps;
-  A* ring;       // [direction][2][batch][slots * hidden]
-  A* r_ring;     // [direction][batch][state]: gradient of the projection at a step
-  A* gates[2];   // [rows][slots * hidden]
-  A* grad_r[2];  // [rows][state]: gradient of the projection
+  O* ring;       // [direction][2][batch][slots * pitch]
+  O* r_ring;     // [direction][batch][r_pitch]: gradient of the projection at a step
+  O* gates[2];   // [rows][slots * pitch]: d
+  O* grad_r[2];  // [rows][r_pitch]: gradient of the projection
 
   bool projects() const { return p.state != p.hidden; }
-  int64_t slots() const { return slots_of(p.cell) * p.hidden; }
-  A* d_row(int64_t direction, int64_t step, int64_t place) const {
+  int64_t pitch() const { return whole<E>(p.hidden); }
+  int64_t r_pitch() const { return whole<E>(p.state); }
+  int64_t slots() const { return slots_of(p.cell) * pitch(); }
+  // Whether the rows of a step lie apart, so that a product needs them brought together.
+  bool scatters(int64_t direction) const { return direction == 1 && p.lengths; }
+  O* ring_row(int64_t direction, int64_t step, int64_t place) const {
     return ring + ((direction * 2 + (step & 1)) * p.batch + place) * slots();
   }
-  A* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * p.state; }
+  // d of all places at a step, one row after the other.
+  const O* d_rows(int64_t direction, int64_t step) const {
+    return scatters(direction) ? ring_row(direction, step, 0)
+                               : gates[direction] + row_of(p, direction, step, 0) * slots();
+  }
+  O* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * r_pitch(); }
 };
 
 // What a slice keeps of its part. Without a projection the panels of the state are those of the hidden units.
-template <class A>
+template <class E>
 struct BackwardPart : Part {
-  A *dh, *dc;  // [panels of the state][batch][4 L], [panels of hidden units][batch][4 L]
-  A *wh, *wr;  // W_h's columns [panels of the state][gates * hidden][4 L], W_r's [panels of hidden units][state][4 L]
+  // [panels of the state][batch][4 L], [panels of hidden units][batch][4 L]
+  Accumulate<E>*dh, *dc;
+  // As elements: W_h's columns [panels of the state][gates * pitch][4 L], W_r's [panels of hidden units][r_pitch][4 L]
+  E *wh, *wr;
 };
 
-template <class T>
+template <class E, class T>
 class BackwardTask {
-  using A = Accumulate<T>;
-  using Layer = LayerBackward<T>;
+  using A = Accumulate<E>;
+  using O = Operand<E>;
+  using Layer = LayerBackward<E, T>;
+  using Slice = BackwardPart<E>;
   static constexpr int L = kLanes<A>, W = 4 * L;
 
  public:
@@ -96,11 +111,11 @@ class BackwardTask {
     state_ = arena_.template take<A>(p_.batch * W);
     row_ = arena_.template take<int64_t>(p_.batch);
     for (int i = 0; i < count_; ++i) {
-      BackwardPart<A>& part = parts_[i];
+      Slice& part = parts_[i];
       part.dh = arena_.template take<A>(state_panels(part) * p_.batch * W);
       part.dc = arena_.template take<A>((part.end - part.begin) * p_.batch * W);
-      part.wh = arena_.template take<A>(state_panels(part) * rows_of_wh() * W);
-      part.wr = arena_.template take<A>(y_.projects() ? (part.end - part.begin) * p_.state * W : 0);
+      part.wh = arena_.template take<E>(state_panels(part) * wh_elements());
+      part.wr = arena_.template take<E>(y_.projects() ? (part.end - part.begin) * wr_elements() : 0);
     }
   }
 
@@ -123,7 +138,9 @@ class BackwardTask {
   }
 
  private:
-  int64_t rows_of_wh() const { return gates_of(p_.cell) * p_.hidden; }
+  // Of one panel.
+  int64_t wh_elements() const { return gates_of(p_.cell) * y_.pitch() / kPack<E> * W; }
+  int64_t wr_elements() const { return y_.r_pitch() / kPack<E> * W; }
   int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
   int64_t state_panels(const Part& part) const {
     return y_.projects() ? part.r_end - part.r_begin : part.end - part.begin;
@@ -139,9 +156,9 @@ class BackwardTask {
       for (int j = 0; j < n; ++j) {
         const int64_t own = found[j].end - found[j].begin;
         static_cast<Part&>(parts_[count_++]) = found[j];
-        bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<A>(y_.projects() ? own * p_.state * W : 0) +
+        bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<E>(y_.projects() ? own * wr_elements() : 0) +
                  Arena::bytes_of<A>(state_panels(found[j]) * p_.batch * W) +
-                 Arena::bytes_of<A>(state_panels(found[j]) * rows_of_wh() * W);
+                 Arena::bytes_of<E>(state_panels(found[j]) * wh_elements());
       }
     }
     return bytes;
@@ -154,19 +171,24 @@ class BackwardTask {
   }
 
   // Columns [panel * W, + W) of a matrix [rows][columns].
-  void take_columns(const T* matrix, int64_t rows, int64_t columns, int64_t panel, A* to) {
-    for (int64_t r = 0; r < rows; ++r)
+  void take_columns(const T* matrix, int64_t rows, int64_t columns, int64_t panel, E* to) {
+    for (int64_t r = 0; r < rows; r += kPack<E>)
       for (int64_t v = 0; v < 4; ++v, to += L) {
-        const int64_t n = columns - panel * W - v * L;
-        store(to, n > 0 ? load_first(matrix + r * columns + panel * W + v * L, n) : vec<A>{});
+        const int64_t first = panel * W + v * L, n = columns - first;
+        auto row = [&](int64_t i) {
+          return i < rows && n > 0 ? load_first(matrix + i * columns + first, n) : vec<A>{};
+        };
+        store_elements(to, row(r), row(r + 1));
       }
   }
-  void take_weights(BackwardPart<A>& part) {
+  void take_weights(Slice& part) {
+    const int64_t d = part.direction, of_gate = y_.pitch() / kPack<E> * W;
     for (int64_t i = 0; i < state_panels(part); ++i)
-      take_columns(y_.wh[part.direction], rows_of_wh(), p_.state, state_begin(part) + i,
-                   part.wh + i * rows_of_wh() * W);
+      for (int64_t g = 0; g < gates_of(p_.cell); ++g)
+        take_columns(y_.wh[d] + g * p_.hidden * p_.state, p_.hidden, p_.state, state_begin(part) + i,
+                     part.wh + i * wh_elements() + g * of_gate);
     for (int64_t i = part.begin; i < part.end && y_.projects(); ++i)
-      take_columns(y_.wr[part.direction], p_.state, p_.hidden, i, part.wr + (i - part.begin) * p_.state * W);
+      take_columns(y_.wr[d], p_.state, p_.hidden, i, part.wr + (i - part.begin) * wr_elements());
   }
 
   int64_t state_row(int64_t d, int64_t place) const {  // in h0, hn and their like
@@ -174,7 +196,7 @@ class BackwardTask {
   }
 
   // Gradients of the final states, where each row starts.
-  void begin(BackwardPart<A>& part) {
+  void begin(Slice& part) {
     auto copy = [&](const void* from, int64_t width, int64_t panel, A* to) {
       for (int64_t place = 0; place < p_.batch; ++place, to += W) {
         for (int v = 0; v < 4; ++v) store(to + v * L, vec<A>{});
@@ -191,7 +213,7 @@ class BackwardTask {
   }
 
   // dh += gradient of the output at this step.
-  void take_gradient(BackwardPart<A>& part, int64_t s) {
+  void take_gradient(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
     for (int64_t i = 0; i < state_panels(part); ++i) {
       const int64_t panel = state_begin(part) + i;
@@ -209,15 +231,18 @@ class BackwardTask {
           add(caller_row<const T>(p_, p_.grad_output, time, place));
         if (!y_.projects()) continue;
         each_vector(panel, p_.state, [&](int64_t v, int64_t unit, int64_t left) {
-          store_first(y_.r_row(d, place) + unit, load(dh + v * L), left);
-          store_first(y_.grad_r[d] + row * p_.state + unit, load(dh + v * L), left);
+          O* to[2] = {y_.r_row(d, place) + unit, y_.grad_r[d] + row * y_.r_pitch() + unit};
+          for (O* one : to) {
+            store_first(one, load(dh + v * L), left);
+            if (left < L && left < y_.r_pitch() - unit) one[left] = O{};
+          }
         });
       }
     }
   }
 
   // d of own panels.
-  void step(BackwardPart<A>& part, int64_t s) {
+  void step(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
     for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
     for (int64_t i = part.begin; i < part.end; ++i) {
@@ -227,11 +252,21 @@ class BackwardTask {
         // gradient of what is projected = dh * W_r
         dh = m_;
         for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
-        multiply_panel(n, Broadcast<A>{y_.r_row(d, 0), p_.state, 1}, part.wr + own * p_.state * W, 4, p_.state, dh);
+        const Broadcast<E> gradient{reinterpret_cast<const E*>(y_.r_row(d, 0)), y_.r_pitch() / kPack<E>, 1};
+        multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, dh);
       }
       for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
-      y_.back(n, y_.keep[d], row_, state_, dh, part.dc + own * p_.batch * W, y_.d_row(d, s, 0), y_.gates[d], p_.hidden,
-              i * W);
+      y_.back(n, y_.keep[d], row_, state_, dh, part.dc + own * p_.batch * W, y_.gates[d], y_.pitch(), p_.hidden, i * W);
+      for (int64_t place = 0; place < n && y_.scatters(d); ++place) bring_together(d, s, place, i);
+    }
+  }
+
+  // Own panel of a row of d into the ring.
+  void bring_together(int64_t d, int64_t s, int64_t place, int64_t panel) {
+    const int64_t n = least(W, y_.pitch() - panel * W);
+    for (int64_t slot = 0; slot < slots_of(p_.cell); ++slot) {
+      const int64_t at = slot * y_.pitch() + panel * W;
+      __builtin_memcpy(y_.ring_row(d, s, place) + at, y_.gates[d] + row_[place] * y_.slots() + at, n * sizeof(O));
     }
   }
 
@@ -254,20 +289,23 @@ class BackwardTask {
   }
 
   // dh of own panels += d * W_h
-  void pass_on(BackwardPart<A>& part, int64_t s) {
+  void pass_on(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
     for (int64_t i = 0; i < state_panels(part); ++i) {
       A* dh = part.dh + i * p_.batch * W;
       if (y_.projects())
         for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
-      for (int64_t g = 0; g < gates; ++g)
-        multiply_panel(n, Broadcast<A>{y_.d_row(d, s, 0) + state_slot(p_.cell, g) * p_.hidden, y_.slots(), 1},
-                       part.wh + (i * rows_of_wh() + g * p_.hidden) * W, 4, p_.hidden, dh);
+      for (int64_t g = 0; g < gates; ++g) {
+        const O* from = y_.d_rows(d, s) + state_slot(p_.cell, g) * y_.pitch();
+        const Broadcast<E> gradient{reinterpret_cast<const E*>(from), y_.slots() / kPack<E>, 1};
+        const int64_t depth = y_.pitch() / kPack<E>;
+        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, dh);
+      }
     }
   }
 
   // Gradients of the initial states.
-  void end(const BackwardPart<A>& part) {
+  void end(const Slice& part) {
     auto give = [&](void* to, int64_t width, int64_t panel, const A* from) {
       for (int64_t place = 0; place < p_.batch && to; ++place, from += W) {
         T* row = static_cast<T*>(to) + state_row(part.direction, place) * width;
@@ -285,7 +323,7 @@ class BackwardTask {
   const RnnBackward& p_;
   Team& team_;
   int count_ = 0;
-  BackwardPart<A> parts_[2 * kMostSlices];
+  Slice parts_[2 * kMostSlices];
   Arena arena_;
   A *m_, *state_;
   int64_t* row_;

@@ -16,30 +16,37 @@ namespace handtuned::HANDTUNED_ISA {
 
 // ---- what depends on the cell ------------------------------------------------------------------------------------
 
-// The step's gates for `rows` places of one panel. x, s: [rows][vectors][L]. h, c: [rows][units], updated.
-// keep: of place p row[p] times `pitch` further, kept numbers at [kKept][hidden] from unit `first`; nullptr: inference.
+// The step's gates for some places of some panels.
 template <class A>
-using GateLoop = void (*)(int64_t rows, const A* x, const A* s, A* h, A* c, A* keep, const int64_t* row, int64_t hidden,
-                          int64_t first);
+struct GateCall {
+  int64_t panels, rows;
+  const A *x, *s;  // of a panel [rows][vectors][L], the next one's x_panel and s_panel further
+  int64_t x_panel, s_panel;
+  A *h, *c;  // of a panel [rows][units], the next one's state_panel further; updated
+  int64_t state_panel;
+  A* keep;  // of place p row[p] times further [kKept][hidden]; nullptr: inference
+  const int64_t* row;
+  int64_t hidden, first;  // unit of the first panel
+};
+
+template <class A>
+using GateLoop = void (*)(const GateCall<A>&);
 
 template <template <class> class Cell, class A>
-void gate_loop(int64_t rows, const A* x, const A* s, A* h, A* c, A* keep, const int64_t* row, int64_t hidden,
-               int64_t first) {
+void gate_loop(const GateCall<A>& call) {
   using C = Cell<vec<A>>;
   constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
-  for (int64_t p = 0; p < rows; ++p) {
-    for (int64_t v = 0; v < V; ++v) {
-      vec<A> xs[G], ss[G], kept[K ? K : 1], cell = C::kCell ? load(c + (p * V + v) * L) : vec<A>{};
-      for (int g = 0; g < G; ++g) {
-        xs[g] = load(x + ((p * V + v) * G + g) * L);
-        ss[g] = load(s + ((p * V + v) * G + g) * L);
-      }
-      const vec<A> next = C::step(xs, ss, load(h + (p * V + v) * L), cell, kept);
-      store(h + (p * V + v) * L, next);
-      if (C::kCell) store(c + (p * V + v) * L, cell);
-      const int64_t unit = first + v * L;
-      for (int k = 0; keep && k < K && unit < hidden; ++k)
-        store_first(keep + (row[p] * K + k) * hidden + unit, kept[k], hidden - unit);
+  for (int64_t i = 0; i < call.panels; ++i) {
+    for (int64_t at = 0; at < call.rows * V; ++at) {
+      const A *x = call.x + i * call.x_panel + at * G * L, *s = call.s + i * call.s_panel + at * G * L;
+      A *h = call.h + i * call.state_panel + at * L, *c = call.c + i * call.state_panel + at * L;
+      vec<A> xs[G], ss[G], kept[K ? K : 1], cell = C::kCell ? load(c) : vec<A>{};
+      for (int g = 0; g < G; ++g) xs[g] = load(x + g * L), ss[g] = load(s + g * L);
+      store(h, C::step(xs, ss, load(h), cell, kept));
+      if (C::kCell) store(c, cell);
+      const int64_t unit = call.first + (i * V + at % V) * L;
+      for (int k = 0; call.keep && k < K && unit < call.hidden; ++k)
+        store_first(call.keep + (call.row[at / V] * K + k) * call.hidden + unit, kept[k], call.hidden - unit);
     }
   }
 }
@@ -106,12 +113,13 @@ class ForwardTask {
   using W = Weight<E, T>;
   using Layer = LayerForward<E, T>;
   static constexpr int L = kLanes<A>;
+  static constexpr int64_t kSumRows = 16;
 
  public:
   ForwardTask(const Layer& layer, Team& team)
       : y_(layer), p_(layer.p), team_(team), arena_(find_parts()), columns_(y_.wh.vectors() * L) {
     rows_ = arena_.template take<O>(stretch_rows() * round_up(y_.wx.in, 2));
-    sums_ = arena_.template take<A>(p_.batch * 4 * L);
+    sums_ = arena_.template take<A>(most(p_.batch, kSumRows) * 4 * L);
     factor_ = arena_.template take<A>(round_up(y_.wx.in, kDropoutBlock));
     row_ = arena_.template take<int64_t>(p_.batch);
     for (int i = 0; i < count_; ++i) {
@@ -147,7 +155,8 @@ class ForwardTask {
   // Fills parts_; returns the bytes that they need.
   size_t find_parts() {
     const int64_t panels = panels_of<A>(y_.wh), r_panels = y_.projects() ? panels_of<A>(y_.wr) : 0;
-    size_t bytes = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) + Arena::bytes_of<A>(p_.batch * 4 * L) +
+    size_t bytes = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) +
+                   Arena::bytes_of<A>(most(p_.batch, kSumRows) * 4 * L) +
                    Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<int64_t>(p_.batch);
     for (int i = 0; i < team_.count(); ++i) {
       Part found[2];
@@ -225,23 +234,31 @@ class ForwardTask {
     }
   }
 
-  // The gates of own panels at a step.
+  // The gates of own panels at a step. Of few rows, several panels' together: they wait for results less that way.
   void step(ForwardPart<A>& part, int64_t s) {
-    const int64_t n = active_at(p_, s), d = part.direction,
-                  before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
+    const int64_t n = active_at(p_, s), d = part.direction, state = p_.batch * units();
+    const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch), together = most(1, kSumRows / n);
     find_rows(d, s, n);
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t own = i - part.begin, unit = i * units();
-      A *h = part.h + own * p_.batch * units(), *c = part.c + own * p_.batch * units();
-      for (int64_t r = 0; r < n; ++r) fill_row(sums_ + r * columns_, weights(d).h_bias + i * columns_, columns_);
-      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, i, sums_);
-      y_.gates(n, part.x + (own * stretch_rows() + before) * columns_, sums_, h, c, y_.keep[d], row_, p_.hidden, unit);
-      if (y_.projects()) {
-        for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit, units(), p_.hidden);
-      } else {
-        give_state(d, s, n, h, unit, units());
+    for (int64_t first = part.begin; first < part.end; first += together) {
+      const int64_t own = first - part.begin, panels = least(together, part.end - first), unit = first * units();
+      for (int64_t i = 0; i < panels; ++i) {
+        A* sums = sums_ + i * n * columns_;
+        for (int64_t r = 0; r < n; ++r)
+          fill_row(sums + r * columns_, weights(d).h_bias + (first + i) * columns_, columns_);
+        if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, first + i, sums);
       }
-      if (p_.cell == RnnCell::lstm) give_final(d, s, n, c, unit);
+      A *h = part.h + own * state, *c = part.c + own * state;
+      const int64_t x_panel = stretch_rows() * columns_;
+      y_.gates({panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
+                y_.keep[d], row_, p_.hidden, unit});
+      for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
+        if (y_.projects()) {
+          for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
+        } else {
+          give_state(d, s, n, h, unit + i * units(), units());
+        }
+        if (p_.cell == RnnCell::lstm) give_final(d, s, n, c, unit + i * units());
+      }
     }
   }
 

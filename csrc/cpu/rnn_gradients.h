@@ -9,10 +9,11 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-template <class T>
+template <class E, class T>
 class LayerGradients {
-  using A = Accumulate<T>;
-  using Layer = LayerBackward<T>;
+  using A = Accumulate<E>;
+  using O = Operand<E>;
+  using Layer = LayerBackward<E, T>;
   static constexpr int L = kLanes<A>, W = 4 * L;
   static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256;
   static_assert(kColumns % W == 0);
@@ -39,7 +40,8 @@ class LayerGradients {
     const int64_t of_input = wants_input ? tiles(rows_) * columns(width_) : 0;
     const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
                   of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
-                  of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0, of_bias = p_.bias ? 1 : 0;
+                  of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0,
+                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0;
     const int64_t each = of_x + of_h + of_r + of_bias, of_weights = grad_weights_ ? p_.directions * each : 0;
     const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
     parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
@@ -50,7 +52,8 @@ class LayerGradients {
       if (i < of_x) return weight_tile(Source::x, d, i, columns(width_));
       if ((i -= of_x) < of_h) return weight_tile(Source::h, d, i, columns(p_.state));
       if ((i -= of_h) < of_r) return weight_tile(Source::r, d, i, columns(p_.hidden));
-      biases(d);
+      i -= of_r;
+      bias_tile(d, i / columns(p_.hidden), i % columns(p_.hidden));
     });
   }
 
@@ -60,46 +63,53 @@ class LayerGradients {
   static int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
   static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
   int64_t output_width() const { return p_.directions * p_.state; }
-  const T* weights_of(int64_t d) const { return y_.wx[d]; }
   T* gradient(int64_t d, int64_t which) const {
     const int64_t each = 2 + 2 * p_.bias + y_.projects();
     return static_cast<T*>(grad_weights_[d * each + which]);
   }
 
-  // Numbers [first, first + n) of a row into panels: number j of row r of the block at [j / W][r][j % W]; zeros after
-  // n.
-  template <class S>
-  HT_INLINE static void to_panels(A* panels, int64_t r, const S* from, int64_t n) {
-    for (int64_t j = 0; j < round_up(n, W); j += L)
-      store(panels + (j / W * kDepth + r) * W + j % W, from && j < n ? load_first(from + j, n - j) : vec<A>{});
+  // Two rows of numbers, or one where an element is one, into row r of panels: number k at [k / W][r][k % W], zeros
+  // after n. A row that is nullptr is zero.
+  HT_INLINE static void to_panels(E* panels, int64_t r, const A* first, const A* second, int64_t n) {
+    auto load_row = [&](const A* row, int64_t k)
+                        HT_LAMBDA { return row && k < n ? load_first(row + k, n - k) : vec<A>{}; };
+    for (int64_t k = 0; k < round_up(n, W); k += L)
+      store_elements(panels + (k / W * kDepth + r) * W + k % W, load_row(first, k), load_row(second, k));
   }
 
-  // Row `row` of what a weight's gradient is made with, numbers [first, first + n).
-  void take_row(Source source, int64_t d, int64_t row, int64_t first, int64_t n, A* panels, int64_t r) {
+  // n numbers as the accumulate type: in place where they are of it, else in `room`.
+  template <class S>
+  HT_INLINE static const A* as_wide(const S* from, int64_t n, A* room) {
+    if constexpr (std::is_same_v<S, A>) return from;
+    for (int64_t k = 0; from && k < n; k += L) store(room + k, load_first(from + k, n - k));
+    return from ? room : nullptr;
+  }
+
+  // Numbers [first, first + n) of a row of what a weight's gradient is made with.
+  const A* row_of_source(Source source, int64_t d, int64_t row, int64_t first, int64_t n, A* room) {
+    if (row >= rows_) return nullptr;
     if (source == Source::x) {
-      if (input_) return to_panels(panels, r, input_ + row * width_ + first, n);
-      return to_panels(panels, r, caller_row<const T>(p_, p_.input, time_[row], place_[row]) + first, n);
+      if (input_) return input_ + row * width_ + first;
+      return as_wide(caller_row<const T>(p_, p_.input, time_[row], place_[row]) + first, n, room);
     }
     if (source == Source::h) {
       const int64_t before = before_[d * p_.rows + row];
-      if (before >= 0) return to_panels(panels, r, y_.output + before * output_width() + d * p_.state + first, n);
+      if (before >= 0) return y_.output + before * output_width() + d * p_.state + first;
       const int64_t state = (y_.layer * p_.directions + d) * p_.batch + caller_of(p_, place_[row]);
-      const T* h0 = static_cast<const T*>(p_.h0);
-      return to_panels(panels, r, h0 ? h0 + state * p_.state + first : nullptr, n);
+      return p_.h0 ? as_wide(static_cast<const T*>(p_.h0) + state * p_.state + first, n, room) : nullptr;
     }
     const A* kept = y_.keep[d] + row * 5 * p_.hidden + first;
-    alignas(64) A m[kColumns];
-    for (int64_t j = 0; j < n; j += L) {
-      const vec<A> o = load_first(kept + 3 * p_.hidden + j, n - j), c = load_first(kept + 4 * p_.hidden + j, n - j);
-      store(m + j, o * tanh(c));
+    for (int64_t k = 0; k < n; k += L) {
+      const vec<A> o = load_first(kept + 3 * p_.hidden + k, n - k), c = load_first(kept + 4 * p_.hidden + k, n - k);
+      store(room + k, o * tanh(c));
     }
-    to_panels(panels, r, m, n);
+    return room;
   }
 
-  // C[kTile][kColumns] += B * panels
-  static void add_product(int64_t rows, Broadcast<A> b, const A* panels, int64_t vectors, int64_t depth, A* c) {
+  // C[kTile][kColumns] += B * panels, `depth` in elements
+  static void add_product(int64_t rows, Broadcast<E> b, const E* panels, int64_t vectors, int64_t depth, A* c) {
     for (int64_t v = 0; v < vectors; v += 4)
-      multiply_rows<A, 4, true>(rows, b, panels + v * L * kDepth, W, depth, c + v * L, kColumns);
+      multiply_rows<E, 4, true>(rows, b, panels + v * L * kDepth, W, depth, c + v * L, kColumns);
   }
 
   // Rows [tile * kTile, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
@@ -110,21 +120,26 @@ class LayerGradients {
     const int64_t j = tile * kTile, rows = least(kTile, height - j);
     const int64_t first = i % column_tiles * kColumns, n = least(kColumns, width - first);
     const int64_t slot = source == Source::h ? state_slot(p_.cell, gate) : gate;
-    const A* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * p_.hidden + j;
-    const int64_t pitch = source == Source::r ? p_.state : y_.slots();
+    const O* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * y_.pitch() + j;
+    const int64_t pitch = source == Source::r ? y_.r_pitch() : y_.slots();
 
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<A>(kDepth * kColumns) +
-                Arena::bytes_of<A>(kDepth * kTile));
-    A* sums = arena.take<A>(kTile * kColumns);
-    A* panels = arena.take<A>(kDepth * kColumns);
-    A* block = arena.take<A>(kDepth * kTile);
+    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+                Arena::bytes_of<E>(kDepth * kTile) + 2 * Arena::bytes_of<A>(kColumns));
+    A* sums = arena.template take<A>(kTile * kColumns);
+    E* panels = arena.template take<E>(kDepth * kColumns);
+    E* block = arena.template take<E>(kDepth * kTile);
+    A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
     for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
-    for (int64_t row = 0; row < rows_; row += kDepth) {
-      const int64_t depth = least(kDepth, rows_ - row);
+    for (int64_t row = 0; row < rows_; row += kDepth * kPack<E>) {
+      const int64_t depth = least(kDepth, whole<E>(rows_ - row) / kPack<E>);
       for (int64_t r = 0; r < depth; ++r) {
-        take_row(source, d, row + r, first, n, panels, r);
-        for (int64_t k = 0; k < rows; k += L)
-          store(block + r * kTile + k, load_first(left + (row + r) * pitch + k, rows - k));
+        const int64_t one = row + r * kPack<E>, two = one + 1;
+        const A* first_row = row_of_source(source, d, one, first, n, room[0]);
+        to_panels(panels, r, first_row, kPack<E> == 2 ? row_of_source(source, d, two, first, n, room[1]) : nullptr, n);
+        for (int64_t k = 0; k < rows; k += L) {
+          auto load_d = [&](int64_t i) { return i < rows_ ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
+          store_elements(block + r * kTile + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
+        }
       }
       add_product(rows, {block, 1, kTile}, panels, round_up(n, W) / L, depth, sums);
     }
@@ -134,40 +149,52 @@ class LayerGradients {
       for (int64_t k = 0; k < n; k += L) store_first(to + r * width + k, load(sums + r * kColumns + k), n - k);
   }
 
-  // Sums of d over all rows, by blocks: so that many small numbers are not added to one large.
-  void biases(int64_t d) {
-    for (int64_t slot = 0; slot < slots_of(p_.cell); ++slot) {
-      for (int64_t unit = 0; unit < p_.hidden; unit += L) {
-        const int64_t n = p_.hidden - unit;
-        vec<A> total{};
-        for (int64_t row = 0; row < rows_; row += kDepth) {
-          vec<A> sum{};
-          for (int64_t r = row; r < least(row + kDepth, rows_); ++r)
-            sum += load_first(y_.gates[d] + r * y_.slots() + slot * p_.hidden + unit, n);
-          total += sum;
-        }
-        if (slot < gates_) store_first(gradient(d, 2) + slot * p_.hidden + unit, total, n);
-        for (int64_t g = 0; g < gates_; ++g)
-          if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + g * p_.hidden + unit, total, n);
+  // Sums of kColumns columns of a slot of d over all rows, by blocks: so that many small numbers are not added to one
+  // large.
+  void bias_tile(int64_t d, int64_t slot, int64_t column_tile) {
+    const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
+    alignas(64) A total[kColumns] = {}, sum[kColumns];
+    for (int64_t row = 0; row < rows_; row += kDepth) {
+      for (int64_t k = 0; k < n; k += L) store(sum + k, vec<A>{});
+      for (int64_t r = row; r < least(row + kDepth, rows_); ++r) {
+        const O* from = y_.gates[d] + r * y_.slots() + slot * y_.pitch() + first;
+        for (int64_t k = 0; k < n; k += L) store(sum + k, load(sum + k) + load_first(from + k, n - k));
       }
+      for (int64_t k = 0; k < n; k += L) store(total + k, load(total + k) + load(sum + k));
     }
+    for (int64_t g = 0; g < gates_; ++g)
+      for (int64_t k = 0; k < n; k += L) {
+        const int64_t at = g * p_.hidden + first + k;
+        if (g == slot) store_first(gradient(d, 2) + at, load(total + k), n - k);
+        if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
+      }
   }
 
   // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
   void input_tile(int64_t tile, int64_t column_tile) {
-    const int64_t row = tile * kTile, rows = least(kTile, rows_ - row), depth = gates_ * p_.hidden;
+    const int64_t row = tile * kTile, rows = least(kTile, rows_ - row);
     const int64_t first = column_tile * kColumns, n = least(kColumns, width_ - first);
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<A>(kDepth * kColumns) +
-                Arena::bytes_of<A>(round_up(width_, kDropoutBlock)));
-    A* sums = arena.take<A>(kTile * kColumns);
-    A* panels = arena.take<A>(kDepth * kColumns);
-    A* factor = arena.take<A>(round_up(width_, kDropoutBlock));
+    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+                Arena::bytes_of<A>(round_up(width_, kDropoutBlock)) + 2 * Arena::bytes_of<A>(kColumns));
+    A* sums = arena.template take<A>(kTile * kColumns);
+    E* panels = arena.template take<E>(kDepth * kColumns);
+    A* factor = arena.template take<A>(round_up(width_, kDropoutBlock));
+    A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
     for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
     for (int64_t d = 0; d < p_.directions; ++d) {
-      for (int64_t k = 0; k < depth; k += kDepth) {
-        const int64_t some = least(kDepth, depth - k);
-        for (int64_t r = 0; r < some; ++r) to_panels(panels, r, weights_of(d) + (k + r) * width_ + first, n);
-        add_product(rows, {y_.gates[d] + row * y_.slots() + k, y_.slots(), 1}, panels, round_up(n, W) / L, some, sums);
+      const int64_t elements = gates_ * y_.pitch() / kPack<E>;
+      auto weights_row = [&](int64_t k, A* to) {  // of column k of d, which may be the one that fills up a pair
+        const int64_t gate = k / y_.pitch(), unit = k % y_.pitch();
+        return unit < p_.hidden ? as_wide(y_.wx[d] + (gate * p_.hidden + unit) * width_ + first, n, to) : nullptr;
+      };
+      for (int64_t k = 0; k < elements; k += kDepth) {
+        const int64_t some = least(kDepth, elements - k);
+        for (int64_t r = 0; r < some; ++r) {
+          const int64_t one = (k + r) * kPack<E>;
+          to_panels(panels, r, weights_row(one, room[0]), kPack<E> == 2 ? weights_row(one + 1, room[1]) : nullptr, n);
+        }
+        const E* gradient = reinterpret_cast<const E*>(y_.gates[d] + row * y_.slots()) + k;
+        add_product(rows, {gradient, y_.slots() / kPack<E>, 1}, panels, round_up(n, W) / L, some, sums);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -223,9 +250,10 @@ const A* drop_input(const RnnBackward& p, int64_t layer, const A* from, A* to, c
   return to;
 }
 
-template <class T>
+template <class E, class T>
 void rnn_backward_in(const RnnBackward& p) {
-  using A = Accumulate<T>;
+  using A = Accumulate<E>;
+  using O = Operand<E>;
   const RnnBackwardScratch at = rnn_backward_scratch(p);
   char* scratch = static_cast<char*>(p.scratch);
   auto numbers = [&](int64_t offset) { return reinterpret_cast<A*>(scratch + offset); };
@@ -235,13 +263,13 @@ void rnn_backward_in(const RnnBackward& p) {
   find_rows(p, before, time, place);
 
   const int64_t each = 2 + 2 * p.bias + (p.state != p.hidden), output = p.rows * p.directions * p.state;
-  LayerBackward<T> y{p, 0, nullptr, nullptr, {}, {}, {}, {}, back_loop_of<A>(p.cell), p.steps, {}, {}, {}, {}};
+  LayerBackward<E, T> y{p, 0, nullptr, nullptr, {}, {}, {}, {}, back_loop_of<A, O>(p.cell), p.steps, {}, {}, {}, {}};
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
-  y.ring = reinterpret_cast<A*>(flags + kMostSlices);
+  y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
   for (int d = 0; d < 2; ++d) {
-    y.gates[d] = numbers(at.gates) + d * p.rows * y.slots();
-    y.grad_r[d] = numbers(at.projected) + d * p.rows * p.state;
+    y.gates[d] = reinterpret_cast<O*>(scratch + at.gates) + d * p.rows * y.slots();
+    y.grad_r[d] = reinterpret_cast<O*>(scratch + at.projected) + d * p.rows * y.r_pitch();
   }
   for (y.layer = p.layers - 1; y.layer >= 0; --y.layer) {
     const SavedLayer<A> saved = saved_layer<A>(p, p.saved, y.layer);
@@ -253,14 +281,15 @@ void rnn_backward_in(const RnnBackward& p) {
       y.wr[d] = y.projects() ? static_cast<const T*>(weights[each - 1]) : nullptr;
     }
     const int64_t panels = p.directions * ((p.hidden + 4 * kLanes<A> - 1) / (4 * kLanes<A>));
-    run_slices(slices_for(p, 0, panels, thread_count(), 1), flags, [&](Team& team) { BackwardTask<T>(y, team).run(); });
+    run_slices(slices_for(p, 0, panels, thread_count(), 1), flags,
+               [&](Team& team) { BackwardTask<E, T>(y, team).run(); });
 
     const A* input = y.layer ? saved_layer<A>(p, p.saved, y.layer - 1).output : nullptr;
     if (y.layer && p.dropout.p > 0 && p.grad_weights)
       input = drop_input(p, y.layer, input, numbers(at.masked), time, place);
     A* grad_input = y.layer ? numbers(at.between) + (y.layer & 1) * output : nullptr;
     void* const* grads = p.grad_weights ? p.grad_weights + y.layer * p.directions * each : nullptr;
-    LayerGradients<T>(y, input, grad_input, grads, before, time, place).run();
+    LayerGradients<E, T>(y, input, grad_input, grads, before, time, place).run();
     y.grad_output = grad_input;
   }
   clear_padding<T>(p, p.grad_input, p.input_size);

@@ -33,6 +33,21 @@ template <class E>
 using Operand = typename OperandOf<E>::type;
 template <class E>
 inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
+// Numbers in whole elements.
+template <class E>
+HT_INLINE int64_t whole(int64_t numbers) {
+  return round_up(numbers, kPack<E>);
+}
+// A vector of elements from one of numbers, or from two neighbours along what is summed.
+template <class E>
+HT_INLINE void store_elements(E* to, vec<Accumulate<E>> first, vec<Accumulate<E>> second) {
+  if constexpr (std::is_same_v<E, pair>) {
+    const u32 pairs = narrow_pair(first, second);
+    __builtin_memcpy(to, &pairs, sizeof pairs);
+  } else {
+    store(to, first);
+  }
+}
 
 // Of one matrix [gates * out, in].
 struct PanelShape {
