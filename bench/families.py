@@ -70,4 +70,15 @@ TRANSFORMER = Family(
     "multiplies bf16 with, measured in the same run; operations are useful ones, those of padding not counted. Faults "
     "are page faults per call.",
 )
-FAMILIES = {family.name: family for family in (NORM, ATTENTION, TRANSFORMER)}
+LINEAR = Family(
+    "linear",
+    "Linear benchmarks",
+    (("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    "% of limit",
+    _COMMON
+    + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
+    "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
+    "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
+    "with. onnxruntime has no single node of it. Faults are page faults per call.",
+)
+FAMILIES = {family.name: family for family in (NORM, ATTENTION, LINEAR, TRANSFORMER)}

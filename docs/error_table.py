@@ -33,7 +33,7 @@ ROWS, COLS, EPS = 512, 768, 1e-5
 ALLOWED = 1.5
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "add_layer_norm, dropout 0.1")
+OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "add_layer_norm, dropout 0.1", "linear, gelu")
 TENSORS = ("output", "grad of input", "grad of weight", "grad of bias")
 
 Result = dict[str, Tensor]
@@ -45,6 +45,8 @@ Errors = dict[tuple[str, str], dict[str, tuple[float, float]]]  # (op, dtype) ->
 
 def torch_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
     """What one writes without handtuned; also the float64 formula when the tensors are float64."""
+    if "linear" in op:
+        return (torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b)),)
     if "dropout" in op:
         x = x * factor.to(x.dtype)
     h = x + residual if op.startswith("add") else x
@@ -56,6 +58,8 @@ def torch_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, facto
 def handtuned_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
     torch.manual_seed(0)  # the dropout's seed, as `factor` was made
     p = 0.1 if "dropout" in op else 0.0
+    if "linear" in op:
+        return (F.linear(x, w, b, activation="gelu"),)
     if op == "layer_norm":
         return (F.layer_norm(x, (COLS,), w, b, EPS),)
     if op == "rms_norm":
@@ -89,6 +93,8 @@ def measure() -> Errors:
 
     exact_inputs = [draw(ROWS, COLS) + 0.5, draw(ROWS, COLS), 1 + 0.2 * draw(COLS), 0.2 * draw(COLS)]
     exact_dy = draw(ROWS, COLS)
+    linear_weight = draw(COLS, COLS) / COLS**0.5
+    norm_weight = exact_inputs[2]
     torch.manual_seed(0)
     seed = torch.randint(2**63 - 1, (1,))
     factor = reference.dropout_factor(torch.Size((ROWS, COLS)), 1, 0.1, seed, torch.float64)
@@ -96,6 +102,7 @@ def measure() -> Errors:
     errors: Errors = {}
     for op in OPS:
         for dtype in DTYPES:
+            exact_inputs[2] = linear_weight if "linear" in op else norm_weight
             inputs, dy = [t.to(dtype) for t in exact_inputs], exact_dy.to(dtype)
             exact = run(torch_form, op, [t.double() for t in inputs], factor, dy.double())
             by_torch = run(torch_form, op, inputs, factor, dy)

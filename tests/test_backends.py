@@ -133,7 +133,7 @@ def test_explain_names_the_kernel_and_every_refusal() -> None:
     model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.RMSNorm(8))
     handtuned.replace(model)
     explanation = handtuned.explain(model, X)
-    assert called(explanation) == ["layer_norm", "rms_norm"]
+    assert called(explanation) == ["layer_norm", "linear", "rms_norm"]
     for call in explanation.calls:
         assert (call.served_by.backend, call.served_by.kernel) == ("cpu", _C.isa())
         assert {c.backend for c in call.candidates} == set(BACKENDS) - {"auto"}
@@ -201,7 +201,9 @@ def test_info_lists_every_op_on_every_backend() -> None:
     rows = {(row["op"], row["backend"]) for row in found["kernels"]}
     assert rows == {(op, b) for op in handtuned.ops.OPS for b in BACKENDS if b != "auto"}
     assert all(row["why"] for row in found["kernels"])
-    lacking = {(op, "triton") for op in handtuned.ops.ATTENTION_OPS} | {(op, "cuda") for op in handtuned.ops.OPS}
+    lacking = {(op, "triton") for op in handtuned.ops.ATTENTION_OPS | handtuned.ops.LINEAR_OPS} | {
+        (op, "cuda") for op in handtuned.ops.OPS
+    }
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

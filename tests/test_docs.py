@@ -144,7 +144,7 @@ def measure_errors(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_error_table_is_what_is_measured() -> None:
     done = measure_errors("--check")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 rows, all within 1.5x of the page" in done.stdout
+    assert "18 rows, all within 1.5x of the page" in done.stdout
 
 
 def test_error_table_check_sees_a_wrong_figure(monkeypatch: pytest.MonkeyPatch) -> None:

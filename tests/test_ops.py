@@ -41,7 +41,8 @@ def test_names_and_schemas() -> None:
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
-    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS
+    assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
+    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS
     for name, op in ops.OPS.items():
         schema = op._schema
         assert op is getattr(torch.ops.handtuned, name).default

@@ -38,6 +38,7 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
   vec<A> sum[NR][MV];
 #pragma GCC unroll 24
   for (int i = 0; i < NR; ++i) {
+    if (Add) __builtin_prefetch(c + i * c_row, 1);  // wanted at the end
 #pragma GCC unroll 8
     for (int v = 0; v < MV; ++v) sum[i][v] = vec<A>{};
   }

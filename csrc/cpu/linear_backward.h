@@ -11,6 +11,7 @@
 namespace handtuned::HANDTUNED_ISA {
 
 inline constexpr int64_t kBiasColumns = kMostColumns;  // of a piece of pass 1
+inline constexpr int64_t kFewSummed = 4;               // rows whose sum is made before it goes into a larger one
 
 // Columns c to c + n of row r of dz, to dz.
 template <class T>
@@ -43,11 +44,16 @@ void grad_preactivation(const LinearBackward& p) {
   parallel_pieces(chunks * blocks, serial, [&](int64_t piece) {
     const int64_t chunk = piece / blocks, c = piece % blocks * kBiasColumns, n = least(kBiasColumns, p.out - c);
     const int64_t end = least((chunk + 1) * chunk_rows, p.rows);
-    alignas(64) A dz[kBiasColumns], sums[kBiasColumns] = {};
+    alignas(64) A dz[kBiasColumns], sums[kBiasColumns] = {}, few[kBiasColumns] = {};
     for (int64_t r = chunk * chunk_rows; r < end; ++r) {
       grad_preactivation_row<T>(p, r, c, n, dz);
       if (p.grad_preactivation) store_row<T>(p.grad_preactivation, p.out, r, c, n, dz);
-      for (int64_t i = 0; i < n; i += L) store(sums + i, load(sums + i) + load(dz + i));
+      const bool fold = r % kFewSummed == kFewSummed - 1 || r + 1 == end;
+      for (int64_t i = 0; i < n; i += L) {
+        const vec<A> sum = load(few + i) + load(dz + i);
+        store(few + i, fold ? vec<A>{} : sum);
+        if (fold) store(sums + i, load(sums + i) + sum);
+      }
     }
     if (partials) __builtin_memcpy(partials + chunk * pitch + c, sums, n * sizeof(A));
   });

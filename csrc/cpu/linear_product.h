@@ -14,7 +14,7 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-inline constexpr int64_t kBlockSteps = 256;
+inline constexpr int64_t kBlockSteps = 192;  // at most; each is summed on its own, so short ones round less
 inline constexpr int64_t kMostRows = 192, kMostPanels = 4;  // of a piece
 inline constexpr int64_t kWantedPieces = 16;
 
@@ -89,6 +89,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const void* panels, c
   constexpr int L = kLanes<A>;
   const ProductCut cut(rows, columns);
   const int64_t steps = (depth + kStep<T> - 1) / kStep<T>, all_panels = linear_panels(columns);
+  const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps, block = steps ? (steps + blocks - 1) / blocks : 1;
   parallel_pieces(cut.row_blocks * cut.groups, is_small(rows, columns, depth), [&](int64_t piece) {
     // Pieces that share a group of panels follow each other.
     const int64_t r = piece % cut.row_blocks * cut.rows, group = piece / cut.row_blocks * cut.panels;
@@ -99,8 +100,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const void* panels, c
     A* c = arena.take<A>(n * pitch);
     E* buffer = arena.take<E>((n + L) * kBlockSteps);
     __builtin_memset(c, 0, n * pitch * sizeof(A));
-    for (int64_t s = 0; s < steps; s += kBlockSteps) {
-      const int64_t now = least(kBlockSteps, steps - s);
+    for (int64_t s = 0; s < steps; s += block) {
+      const int64_t now = least(block, steps - s);
       const Broadcast<E> b = left.block(r, n, s, now, buffer);
       for (int64_t panel = 0; panel < own; ++panel) {
         const Stored<T>* a = static_cast<const Stored<T>*>(panels) + ((group + panel) * steps + s) * kLinearPanel;

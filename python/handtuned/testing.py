@@ -33,6 +33,7 @@ def op_samples(device: str = "cpu") -> Iterator[Sample]:
     """(op, args, kwargs) for every op, over dtypes, optional arguments and odd shapes; for opcheck and fuzzing."""
     yield from _norm_samples(device)
     yield from _attention_samples(device)
+    yield from _linear_samples(device)
 
 
 def _drawer(device: str) -> Callable[..., torch.Tensor]:
@@ -142,3 +143,31 @@ def _attention_and_backward(
     without_pages = (*options[:4], *options[5:])  # block_table is for inference alone
     yield ops.attention_backward, (*given, *without_pages, *needs), {}
     yield ops.attention_backward, (given[0], None, *given[2:], *without_pages, False, True, False, False, False), {}
+
+
+def _linear_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    seed = torch.tensor([1234567890123], device=device)
+    # rows, in, out, dtype, activation, dropout_p, bias, residual, packed
+    cases = [
+        ((3,), 5, 7, torch.float32, 0, 0.0, True, False, False),
+        ((2, 4), 9, 70, torch.float32, 2, 0.3, True, True, True),
+        ((6,), 5, 4, torch.float64, 4, 0.0, False, True, True),
+        ((2, 3), 7, 3, torch.bfloat16, 3, 0.3, True, False, True),
+        ((5,), 4, 6, torch.float16, 1, 0.0, True, True, False),
+        ((0,), 4, 6, torch.float32, 2, 0.0, True, False, False),
+    ]
+    for rows, k, n, dtype, activation, p, has_bias, has_residual, has_packed in cases:
+        x, w, dy = draw(*rows, k, dtype=dtype), draw(n, k, dtype=dtype), draw(*rows, n, dtype=dtype)
+        bias = draw(n, dtype=dtype) if has_bias else None
+        residual = draw(*rows, n, dtype=dtype) if has_residual else None
+        key = seed if p else None
+        yield ops.linear_pack, (w,), {}
+        packed = ops.linear_pack(w) if has_packed else None
+        args = (x, w, bias, residual, packed, activation, p, key)
+        yield ops.linear, args, {}
+        yield ops.linear_inference, args, {}
+        z = ops.linear(*args)[1]
+        yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, True, True, has_bias), {}
+        yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, False, True, False), {}
+    yield ops.linear_pack, (draw(0, 4, dtype=torch.float32),), {}

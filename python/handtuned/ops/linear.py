@@ -54,7 +54,8 @@ class LinearArguments(Arguments):
         activation = self["activation"]
         self.require(
             0 <= activation < len(ACTIVATIONS),
-            f"activation is {activation}, the limits are 0 and {len(ACTIVATIONS) - 1}; pass the number of an activation",
+            f"activation is {activation}, the limits are 0 and {len(ACTIVATIONS) - 1}; "
+            "pass the number of an activation",
         )
         self.check_dropout()
         bias, packed = self["bias"], self["packed"]

@@ -28,7 +28,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def linear_pack(weight: Tensor) -> Tensor:
-    """Column n of panel p at step s is weight[64 p + n, s], or for bfloat16 its elements 2 s and 2 s + 1; zeros beyond."""
+    """packed[p, s, n] is weight[64 p + n, s], or for bfloat16 its elements 2 s and 2 s + 1; zeros beyond."""
     n, k = weight.shape
     pair = 2 if weight.dtype == torch.bfloat16 else 1
     padded = F.pad(weight, (0, -k % pair, 0, -n % PANEL))

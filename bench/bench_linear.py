@@ -1,0 +1,133 @@
+"""Benchmarks of the linear family: a linear layer, and one with what follows it, at the shapes of transformers.
+
+The weight is packed once in forward rows, as the module keeps it, and in every call in rows with the backward. Work is
+2 · rows · in · out operations forward and three times that with the backward; with one row the limit is the read
+bandwidth, of the bytes of the weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import cases
+import linear_cases as lc
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import handtuned.nn.functional as H
+
+from . import gate
+from .peers import Case, Function
+from .room import Room, Target
+
+FP32, BF16 = torch.float32, torch.bfloat16
+COMPILED = ((512,), 768, 3072)  # a compilation takes seconds, so one shape stands for all
+QUICK = (((128,), 768, 768), ((1,), 768, 768))
+
+
+@dataclass(frozen=True)
+class Op:
+    """One line of the table."""
+
+    name: str
+    case: lc.Case
+    backward: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.case.rows, self.case.in_features, self.case.out_features)
+
+    @property
+    def size(self) -> tuple[tuple[int, ...], int, int]:
+        return self.case.rows, self.case.in_features, self.case.out_features
+
+    @property
+    def id(self) -> str:
+        name = self.name.replace(", ", "-").replace(" ", "-")
+        return f"{name}-{cases.SHORT[self.case.dtype]}-{gate.shape_name(self.shape)}"
+
+
+# rows, in, out
+MANY = ((128, 768, 768), (512, 768, 3072), (512, 3072, 768), (800, 384, 1536), (2048, 1024, 1024), (512, 1024, 4096))
+KINDS = ("fwd", "f+b")
+FEW = ((1, 768, 768), (1, 1024, 4096), (1, 4096, 4096), (4, 4096, 4096), (16, 1024, 4096))
+
+
+def _rows(dtype: torch.dtype) -> list[Op]:
+    """Forward and backward of one case stand side by side: they share tensors and float64 truth."""
+
+    def case(rows: int, k: int, n: int) -> lc.Case:
+        return lc.Case((rows,), k, n, dtype)
+
+    found = [Op(f"linear {kind}", case(*size), kind == "f+b") for size in MANY for kind in KINDS]
+    found += [Op("linear fwd", case(*size)) for size in FEW]
+    usual = case(512, 768, 3072)
+    for activation in ("gelu", "silu"):
+        found += [
+            Op(f"linear, {activation} {kind}", usual.with_(activation=activation), kind == "f+b") for kind in KINDS
+        ]
+    added = case(512, 3072, 768).with_(residual=True)
+    found += [Op(f"linear, add {kind}", added, kind == "f+b") for kind in KINDS]
+    return [*found, Op("linear, dropout, add f+b", added.with_(dropout=0.1), True)]
+
+
+OPS = [op for dtype in (FP32, BF16) for op in _rows(dtype)]
+
+
+def target(op: Op) -> Target:
+    case = op.case
+    rows, weights = prod(case.rows), case.in_features * case.out_features
+    if rows == 1:
+        return Target(None, weights * case.dtype.itemsize, "read", 0.85 if weights == 4096 * 4096 else None)
+    plain, fp32 = op.name == "linear fwd", case.dtype == FP32
+    share = (0.85 if rows >= 512 else 0.75 if rows >= 128 else None) if plain and fp32 else None
+    ratio = (1.35 if fp32 else 0.95) if plain and rows >= 128 else None
+    return Target(ratio, 2 * rows * weights * (3 if op.backward else 1), "FMA" if fp32 else "dot", share)
+
+
+@functools.lru_cache(maxsize=1)
+def draw(case: lc.Case) -> lc.Drawn:
+    return lc.drawn(case, gate.DRAW)
+
+
+def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
+    """What is timed, and what its results must be."""
+    case, drawn = op.case, draw(op.case)
+    leaves = {name: leaf.requires_grad_(op.backward) for name, leaf in drawn.tensors.leaves().items()}
+    packed = None if op.backward else H.pack_linear_weight(drawn.tensors.weight)
+
+    def function(run: Callable[[dict[str, Tensor]], Tensor]) -> Function:
+        return lambda *values: (run(dict(zip(leaves, values, strict=True))),)
+
+    def eager(t: dict[str, Tensor]) -> Tensor:
+        y = lc.activate(torch.nn.functional.linear(t["input"], t["weight"], t["bias"]), case.activation)
+        y = torch.nn.functional.dropout(y, case.dropout) if case.dropout else y
+        return y + t["residual"] if case.residual else y
+
+    made = Case(
+        op=op.name,
+        dtype=case.dtype,
+        shape=op.shape,
+        eager=function(eager),
+        ours=function(lambda t: lc.run(case, t, packed)),
+        inputs=tuple(leaves.values()),
+        grad_outputs=(drawn.tensors.grad_output,) if op.backward else None,
+        no_compile=no_compile,
+        random=case.dropout > 0,
+    )
+    names = ("output", *(f"grad_{name}" for name in leaves)) if op.backward else ("output",)
+    return made, gate.Truth(names, drawn.torchs, drawn.truth)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in OPS])
+def test_linear(op: Op, room: Room, benchmark: BenchmarkFixture) -> None:
+    if room.quick and op.size not in QUICK:
+        pytest.skip("not in --quick")
+    left_out = "left out of --quick" if room.quick else "left out: each compilation takes seconds"
+    made, truth = prepare(op, "" if op.size == COMPILED and not room.quick else left_out)
+    room.measure(made, truth, target(op), benchmark)
