@@ -25,7 +25,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import handtuned
 from handtuned import ops, reference
 from handtuned.nn import functional as H
-from handtuned.nn import linear as linear_module
+from handtuned.nn import packing
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 SLOW = ("generic", "emulated512")
@@ -323,7 +323,7 @@ def test_the_twin_is_torchs_module(module: handtuned.nn.Linear) -> None:
     assert set(vars(module)) == set(vars(theirs))
     assert list(module.state_dict()) == ["weight", "bias"]
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert other not in linear_module._kept
+        assert other not in packing._kept
         assert is_right(other)
     file = io.BytesIO()
     torch.save(module, file)
@@ -358,13 +358,13 @@ def optimize(module: handtuned.nn.Linear) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_kept_weight_follows_its_parameter(module: handtuned.nn.Linear, change: str) -> None:
     assert is_right(module)
-    first = linear_module._kept[module].packed
+    first = packing._kept[module]["weight"].made
     assert is_right(module)
-    assert linear_module._kept[module].packed is first  # packed once
+    assert packing._kept[module]["weight"].made is first  # packed once
     with torch.no_grad():
         CHANGES[change](module)
     assert is_right(module)
-    assert linear_module._kept[module].packed is not first
+    assert packing._kept[module]["weight"].made is not first
 
 
 def test_an_address_that_comes_back_is_no_kept_weight(module: handtuned.nn.Linear) -> None:
@@ -376,7 +376,7 @@ def test_an_address_that_comes_back_is_no_kept_weight(module: handtuned.nn.Linea
 
 
 def test_nothing_is_kept_where_it_would_be_stale_or_useless(module: handtuned.nn.Linear) -> None:
-    kept = linear_module._kept
+    kept = packing._kept
     with torch.no_grad():
         module(ROWS[:4])
         assert module not in kept  # few rows read the weight itself
@@ -401,10 +401,10 @@ def test_nothing_is_kept_where_it_would_be_stale_or_useless(module: handtuned.nn
 def test_the_kept_weight_goes_with_its_module() -> None:
     module = handtuned.nn.Linear(70, 80).eval()
     assert is_right(module)
-    before = len(linear_module._kept)
+    before = len(packing._kept)
     del module
     gc.collect()
-    assert len(linear_module._kept) == before - 1
+    assert len(packing._kept) == before - 1
 
 
 def test_explain_names_the_copy_of_a_transposed_weight() -> None:

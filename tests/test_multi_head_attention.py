@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import handtuned
 from handtuned.nn import functional as H
+from handtuned.nn import packing
 
 pytestmark = pytest.mark.usefixtures("poison")
 N, L, S, E, HEADS = 3, 4, 5, 8, 2
@@ -181,6 +182,21 @@ def test_gradients_with_dropout() -> None:
 
     with handtuned.strict(False):
         assert torch.autograd.gradcheck(seeded, (draw(1, 3, E), ours.in_proj_weight), fast_mode=True)
+
+
+def test_kept_weights_follow_their_parameters() -> None:
+    theirs, ours = pair(batch_first=True)
+    x, memory = draw(N, L, E), draw(N, S, E)
+    with torch.no_grad():
+        for change in (lambda m: m.in_proj_weight.mul_(2), lambda m: m.out_proj.weight[2].zero_(), lambda m: m.half()):
+            for inputs in ((x, x, x), (x, memory, memory), (x, memory, memory.clone())):
+                inputs = tuple(t.to(ours.in_proj_weight.dtype) for t in dict.fromkeys(inputs))
+                inputs = {1: inputs * 3, 2: (*inputs, inputs[-1]), 3: inputs}[len(inputs)]
+                same(theirs(*inputs)[0], ours(*inputs)[0])
+            assert packing._kept[ours].keys() == {"qkv", "q", "kv", "k", "v", "out"}
+            change(theirs), change(ours)
+        ours.drop_packed()
+        assert ours not in packing._kept
 
 
 # ---- memory, dtypes, tracing -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as _transforms_active
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..ops.linear import FEW_ROWS
@@ -24,7 +25,8 @@ class _Kept:
         self.key = _key(weight)
         # Without it an address could come back as another weight's after this one is freed.
         self.storage = StorageWeakRef(weight.untyped_storage())
-        self.made = make(weight)
+        with torch.inference_mode(False), torch.no_grad():  # it may serve calls with gradients later
+            self.made = make(weight)
 
     def is_of(self, weight: Tensor) -> bool:
         return self.key == _key(weight) and not self.storage.expired()
@@ -50,7 +52,7 @@ def kept(
 
     name: of the weight among those that the module keeps something of.
     """
-    if torch.compiler.is_compiling() or not getattr(module, "keep_packed", True):
+    if torch.compiler.is_compiling() or _transforms_active() or not getattr(module, "keep_packed", True):
         return None
     if module.training and torch.is_grad_enabled():
         drop(module)
