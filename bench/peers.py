@@ -30,6 +30,11 @@ class OnnxNode:
     domain: str
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    # Where they differ from the case's: inputs, tensors of the model itself, shape of the output in memory of `result`.
+    inputs: Tensors | None = None
+    constants: Tensors = ()
+    shape: tuple[int, ...] | None = None
+    result: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Case:
     random: bool = False  # no two runs give the same result
     math: Function | str = "has no such op"  # torch's unfused attention, or why not
     flex: Function | str = "has no such op"  # flex_attention, not yet compiled, or why not
+    cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -123,6 +129,18 @@ class Flex:
         return _compiled(case, case.flex)
 
 
+class Cells:
+    """torch's LSTMCell, GRUCell or RNNCell in a loop over the steps."""
+
+    name = "torch cells"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.cells, str):
+            raise Unavailable(case.cells)
+        return case.bind(case.cells)
+
+
 def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     if case.no_compile:
         raise Unavailable(case.no_compile)
@@ -158,7 +176,8 @@ class OnnxRuntime:
         except ImportError as error:
             raise Unavailable(f"not installed: {error}") from error
 
-        tensors = [tensor.detach() for tensor in case.inputs]
+        given = case.inputs if case.onnx.inputs is None else case.onnx.inputs
+        tensors = [tensor.detach() for tensor in given]
         kind = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}[case.dtype]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -173,11 +192,13 @@ class OnnxRuntime:
         except Exception as error:
             raise Unavailable(f"no CPU kernel: {_first_line(error)}") from error
         binding = session.io_binding()
-        results = tuple(torch.empty_like(tensors[0]) for name in case.onnx.outputs if name)
+        like = tensors[0]
+        results = tuple(like.new_empty(case.onnx.result or like.shape) for name in case.onnx.outputs if name)
+        shape = list(case.onnx.shape or like.shape)
         for value, tensor in zip(session.get_inputs(), tensors, strict=True):
             binding.bind_input(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
         for value, tensor in zip(session.get_outputs(), results, strict=True):
-            binding.bind_output(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
+            binding.bind_output(value.name, "cpu", 0, kind, shape, tensor.data_ptr())
         run = session.run_with_iobinding
 
         def call() -> Tensors:
@@ -193,11 +214,15 @@ def _model(node: OnnxNode, kind: int, tensors: list[Tensor]) -> bytes:
     from onnx import helper
 
     names = [f"input{i}" for i in range(len(tensors))]
+    constants = {f"constant{i}": t.detach() for i, t in enumerate(node.constants)}
+    # A recurrent node takes its weights second, and its state behind sequence lengths that are not given.
+    order = [names[0], *constants, "", *names[1:]] if constants else names
     graph = helper.make_graph(
-        [helper.make_node(node.op_type, names, node.outputs, domain=node.domain, **node.attributes)],
+        [helper.make_node(node.op_type, order, node.outputs, domain=node.domain, **node.attributes)],
         "case",
         [helper.make_tensor_value_info(name, kind, t.shape) for name, t in zip(names, tensors, strict=True)],
-        [helper.make_tensor_value_info(name, kind, tensors[0].shape) for name in node.outputs if name],
+        [helper.make_tensor_value_info(name, kind, node.shape or tensors[0].shape) for name in node.outputs if name],
+        [helper.make_tensor(name, kind, t.shape, t.flatten().tolist()) for name, t in constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -212,3 +237,4 @@ OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
+RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())
