@@ -30,6 +30,11 @@ class OnnxNode:
     domain: str
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
+    # Where they differ from the case's: inputs, tensors of the model itself, shape of the output in memory of `result`.
+    inputs: Tensors | None = None
+    constants: Tensors = ()
+    shape: tuple[int, ...] | None = None
+    result: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Case:
     flex: Function | str = "has no such op"  # flex_attention, not yet compiled, or why not
     fast_path: bool = False  # torch's modules have one for it
     freeze: bool = False  # torch.compile may take the parameters for constants
+    cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -169,6 +175,18 @@ class Flex:
         return _compiled(case, case.flex)
 
 
+class Cells:
+    """torch's LSTMCell, GRUCell or RNNCell in a loop over the steps."""
+
+    name = "torch cells"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.cells, str):
+            raise Unavailable(case.cells)
+        return case.bind(case.cells)
+
+
 def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     if case.no_compile:
         raise Unavailable(case.no_compile)
@@ -204,8 +222,8 @@ class OnnxRuntime:
         except ImportError as error:
             raise Unavailable(f"not installed: {error}") from error
 
-        inputs = case.inputs if isinstance(case.onnx, OnnxNode) else case.inputs[:1]
-        tensors = [tensor.detach() for tensor in inputs]
+        given = case.inputs[:1] if isinstance(case.onnx, OnnxModel) else case.onnx.inputs or case.inputs
+        tensors = [tensor.detach() for tensor in given]
         kind = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}[case.dtype]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -220,11 +238,13 @@ class OnnxRuntime:
         except Exception as error:
             raise Unavailable(f"no CPU kernel: {_first_line(error)}") from error
         binding = session.io_binding()
-        results = tuple(torch.empty_like(tensors[0]) for name in case.onnx.outputs if name)
+        like = tensors[0]
+        results = tuple(like.new_empty(case.onnx.result or like.shape) for name in case.onnx.outputs if name)
+        shape = list(case.onnx.shape or like.shape)
         for value, tensor in zip(session.get_inputs(), tensors, strict=True):
             binding.bind_input(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
         for value, tensor in zip(session.get_outputs(), results, strict=True):
-            binding.bind_output(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
+            binding.bind_output(value.name, "cpu", 0, kind, shape, tensor.data_ptr())
         run = session.run_with_iobinding
 
         def call() -> Tensors:
@@ -241,20 +261,23 @@ def _model(graph: OnnxNode | OnnxModel, kind: int, tensors: list[Tensor]) -> byt
 
     names = [f"input{i}" for i in range(len(tensors))]
     if isinstance(graph, OnnxNode):
-        nodes = [helper.make_node(graph.op_type, names, graph.outputs, domain=graph.domain, **graph.attributes)]
-        weights = []
+        constants = {f"constant{i}": t.detach() for i, t in enumerate(graph.constants)}
+        # A recurrent node takes its weights second, and its state behind sequence lengths that are not given.
+        order = [names[0], *constants, "", *names[1:]] if constants else names
+        nodes = [helper.make_node(graph.op_type, order, graph.outputs, domain=graph.domain, **graph.attributes)]
+        shape = graph.shape or tensors[0].shape
     else:
         nodes = [
             helper.make_node(op_type, inputs, [output], domain=domain, **attributes)
             for op_type, domain, inputs, output, attributes in graph.nodes
         ]
-        weights = [numpy_helper.from_array(weight.numpy(), name) for name, weight in graph.weights.items()]
+        constants, shape = graph.weights, tensors[0].shape
     made = helper.make_graph(
         nodes,
         "case",
         [helper.make_tensor_value_info(name, kind, t.shape) for name, t in zip(names, tensors, strict=True)],
-        [helper.make_tensor_value_info(name, kind, tensors[0].shape) for name in graph.outputs if name],
-        weights,
+        [helper.make_tensor_value_info(name, kind, shape) for name in graph.outputs if name],
+        [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
@@ -270,3 +293,4 @@ EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
 TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())
+RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())

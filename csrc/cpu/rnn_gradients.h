@@ -3,7 +3,8 @@
 //   grad W_x = d^T x,   grad W_h = d^T h,   grad W_r = (gradient of the projection)^T m,   grad b = sum of d
 //   grad x   = d W_x
 // Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
-// packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns.
+// packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns. Sums
+// over rows, which may be many, are made of sums of kSum: the rounding errors of one long chain would show.
 #pragma once
 #include "rnn_backward.h"
 
@@ -15,7 +16,7 @@ class LayerGradients {
   using O = Operand<E>;
   using Layer = LayerBackward<E, T>;
   static constexpr int L = kLanes<A>, W = 4 * L;
-  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256;
+  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256, kSum = 32;
   static_assert(kColumns % W == 0);
 
  public:
@@ -85,9 +86,13 @@ class LayerGradients {
     return from ? room : nullptr;
   }
 
-  // Numbers [first, first + n) of a row of what a weight's gradient is made with.
+  // In the order of the steps' gradients, so that the initial state, which is often larger than all others, comes last:
+  // what is added to it is rounded as coarsely as it is. -1 after the last.
+  int64_t nth_row(int64_t d, int64_t i) const { return i >= rows_ ? -1 : d == 0 ? rows_ - 1 - i : i; }
+
+  // Numbers [first, first + n) of a row (-1: zeros) of what a weight's gradient is made with.
   const A* row_of_source(Source source, int64_t d, int64_t row, int64_t first, int64_t n, A* room) {
-    if (row >= rows_) return nullptr;
+    if (row < 0) return nullptr;
     if (source == Source::x) {
       if (input_) return input_ + row * width_ + first;
       return as_wide(caller_row<const T>(p_, p_.input, time_[row], place_[row]) + first, n, room);
@@ -133,15 +138,17 @@ class LayerGradients {
     for (int64_t row = 0; row < rows_; row += kDepth * kPack<E>) {
       const int64_t depth = least(kDepth, whole<E>(rows_ - row) / kPack<E>);
       for (int64_t r = 0; r < depth; ++r) {
-        const int64_t one = row + r * kPack<E>, two = one + 1;
+        const int64_t one = nth_row(d, row + r * kPack<E>), two = nth_row(d, row + r * kPack<E> + 1);
         const A* first_row = row_of_source(source, d, one, first, n, room[0]);
         to_panels(panels, r, first_row, kPack<E> == 2 ? row_of_source(source, d, two, first, n, room[1]) : nullptr, n);
         for (int64_t k = 0; k < rows; k += L) {
-          auto load_d = [&](int64_t i) { return i < rows_ ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
+          auto load_d = [&](int64_t i) { return i >= 0 ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
           store_elements(block + r * kTile + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
         }
       }
-      add_product(rows, {block, 1, kTile}, panels, round_up(n, W) / L, depth, sums);
+      for (int64_t r = 0; r < depth; r += kSum)
+        add_product(rows, {block + r * kTile, 1, kTile}, panels + r * W, round_up(n, W) / L, least(kSum, depth - r),
+                    sums);
     }
     const int64_t which = source == Source::x ? 0 : source == Source::h ? 1 : 2 + 2 * p_.bias;
     T* to = gradient(d, which) + (gate * height + j) * width + first;
@@ -149,14 +156,13 @@ class LayerGradients {
       for (int64_t k = 0; k < n; k += L) store_first(to + r * width + k, load(sums + r * kColumns + k), n - k);
   }
 
-  // Sums of kColumns columns of a slot of d over all rows, by blocks: so that many small numbers are not added to one
-  // large.
+  // Sums of kColumns columns of a slot of d over all rows.
   void bias_tile(int64_t d, int64_t slot, int64_t column_tile) {
     const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
     alignas(64) A total[kColumns] = {}, sum[kColumns];
-    for (int64_t row = 0; row < rows_; row += kDepth) {
+    for (int64_t row = 0; row < rows_; row += kSum) {
       for (int64_t k = 0; k < n; k += L) store(sum + k, vec<A>{});
-      for (int64_t r = row; r < least(row + kDepth, rows_); ++r) {
+      for (int64_t r = row; r < least(row + kSum, rows_); ++r) {
         const O* from = y_.gates[d] + r * y_.slots() + slot * y_.pitch() + first;
         for (int64_t k = 0; k < n; k += L) store(sum + k, load(sum + k) + load_first(from + k, n - k));
       }

@@ -91,7 +91,7 @@ def _run(
         state = torch.where(here, new[0], state[0]), kept
         outputs.append(torch.where(here, new[0], 0.0))
     if not outputs:
-        return state[0].new_zeros(0, *state[0].shape), state
+        return from_inputs[..., : state[0].shape[-1]], state  # empty, and with a gradient
     return torch.stack(outputs[::-1] if reverse else outputs), state
 
 

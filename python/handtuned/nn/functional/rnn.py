@@ -54,8 +54,8 @@ class PackedWeights:
         if torch.compiler.is_compiling() or not all([_has_version(w) for w in weights]):
             packed: Tensor = kernels.rnn_pack(weights, mode, bidirectional, bias)
             return packed
-        served = "" if kernels is ops else kernels.chosen.backend
-        key = (_C.isa(), served, [(w.data_ptr(), w._version, w.dtype, w.shape) for w in weights])
+        namespace = kernels if kernels is ops else kernels.kernels
+        key = (_C.isa(), namespace, [(w.data_ptr(), w._version, w.dtype, w.shape) for w in weights])
         if self._packed is None or key != self._key:
             self._packed = kernels.rnn_pack(weights, mode, bidirectional, bias)
             self._held = [w.detach() for w in weights]  # while these live, no other tensor has their address

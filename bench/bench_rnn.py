@@ -1,0 +1,217 @@
+"""Benchmarks of the recurrent layers: streaming steps, inference, training, lengths, against torch and onnxruntime."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cases
+import pytest
+import rnn_cases as rc
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from handtuned.nn.functional import PackedWeights
+
+from . import gate
+from .peers import RNN_PEERS, Case, OnnxNode, Tensors
+from .room import Room, Target
+
+FP32, BF16 = torch.float32, torch.bfloat16
+MOST_STEPS = 64  # with one row; the loop over cells is left out above
+
+
+@dataclass(frozen=True)
+class Op:
+    """One line of the table."""
+
+    name: str
+    case: rc.Case
+    backward: bool = False
+    ratio: float | None = None  # wanted against torch eager
+
+    @property
+    def id(self) -> str:
+        return f"{self.name.replace(' ', '-')}-{cases.SHORT[self.case.dtype]}-{gate.shape_name(self.case.shape)}"
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _rows() -> list[Op]:
+    def step(mode: str, batch: int, hidden: int, ratio: float | None = None) -> Op:
+        return Op(f"{mode} step", rc.Case(mode, (1, batch, hidden, hidden), states=True), ratio=ratio)
+
+    rows = [step("LSTM", 1, 128, 4.0), step("LSTM", 1, 256, 20.0), step("LSTM", 1, 512, 20.0), step("LSTM", 8, 512)]
+    rows += [step("GRU", 1, 256), step("RNN_TANH", 1, 256)]
+    for dtype, wanted in ((FP32, 2.2), (BF16, 2.5)):
+        for shape in ((128, 1, 256, 256), (128, 1, 512, 512), (512, 1, 128, 128)):
+            rows.append(Op("LSTM fwd", rc.Case("LSTM", shape, dtype=dtype), ratio=wanted))
+    for shape in ((128, 8, 512, 512), (256, 16, 256, 256), (128, 32, 512, 512), (64, 64, 512, 512)):
+        rows.append(Op("LSTM fwd", rc.Case("LSTM", shape), ratio=1.3))
+    for mode, fwd, both in (("GRU", 8.0, 12.0), ("RNN_TANH", 5.0, 12.0)):
+        rows += [Op(f"{mode} fwd", rc.Case(mode, (128, 1, 256, 256)), ratio=fwd)]
+        rows += [Op(f"{mode} fwd", rc.Case(mode, (128, 16, 256, 256)), ratio=2.6 if mode == "GRU" else None)]
+        rows += [Op(f"{mode} f+b", rc.Case(mode, (128, 1, 256, 256)), True, both)]
+        rows += [Op(f"{mode} f+b", rc.Case(mode, (128, 16, 256, 256)), True)]
+    for dtype in (FP32, BF16):
+        for shape, ratio in (((128, 1, 256, 256), 2.2), ((128, 16, 256, 256), 1.5)):
+            rows.append(Op("LSTM f+b", rc.Case("LSTM", shape, dtype=dtype), True, ratio))
+    lengths = tuple(20 + 140 * b // 31 for b in range(32))
+    rows += [Op("LSTM lengths fwd", rc.Case("LSTM", (160, 32, 256, 256), lengths=lengths), ratio=4.0)]
+    rows += [Op("LSTM lengths f+b", rc.Case("LSTM", (160, 32, 256, 256), lengths=lengths), True)]
+    rows += [Op("LSTM projected fwd", rc.Case("LSTM", (128, 8, 256, 512), proj=128), ratio=6.0)]
+    return rows
+
+
+OPS = _rows()
+QUICK = {"LSTM step", "GRU step"}
+
+
+def work(case: rc.Case, backward: bool) -> float:
+    """Multiplications and additions that the result needs."""
+    steps, batch, width, hidden = case.shape
+    rows = sum(case.lengths) if case.lengths else steps * batch
+    each = rc.GATES[case.mode] * hidden * (width + case.state) + hidden * case.proj
+    return 2.0 * rows * each * (3 if backward else 1)
+
+
+# ---- the sides -------------------------------------------------------------------------------------------------------
+
+Names = tuple[str, ...]
+
+
+def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
+    if case.lengths or case.proj:
+        return "has neither lengths nor projections"
+    if case.shape[0] > MOST_STEPS and case.shape[1] > 1:
+        return "left out for this shape: a call takes long"
+    operator = getattr(torch._VF, f"{case.mode.lower()}_cell")  # type: ignore[attr-defined]
+
+    def cells(x: Tensor, *weights: Tensor) -> Tensors:
+        zeros = x.new_zeros(x.shape[1], case.shape[3])
+        h, c = (zeros if s is None else s[0] for s in (t.h0, t.c0))
+        outputs = []
+        for frame in x.unbind():
+            if case.mode == "LSTM":
+                h, c = operator(frame, (h, c), *weights)
+            else:
+                h = operator(frame, h, *weights)
+            outputs.append(h)
+        return (torch.stack(outputs),)
+
+    return cells
+
+
+GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}  # ONNX's of torch's
+
+
+def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
+    """ONNX's LSTM, GRU or RNN of one direction, float32."""
+    if case.lengths or case.proj or case.dtype != FP32:
+        return None
+    steps, batch, _, hidden = case.shape
+    w_ih, w_hh, b_ih, b_hh = (
+        torch.cat([w.chunk(rc.GATES[case.mode])[i] for i in GATE_ORDER[case.mode]]) for w in t.weights
+    )
+    attributes: dict[str, object] = {"hidden_size": hidden}
+    attributes |= {"linear_before_reset": 1} if case.mode == "GRU" else {}
+    return OnnxNode(
+        op_type=case.mode.split("_")[0],
+        domain="",
+        outputs=("y",),
+        attributes=attributes,
+        inputs=(t.input, *(s for s in (t.h0, t.c0) if s is not None)),
+        constants=(w_ih[None], w_hh[None], torch.cat([b_ih, b_hh])[None]),
+        shape=(steps, 1, batch, hidden),
+        result=(steps, batch, hidden),
+    )
+
+
+def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
+    """(torch's, ours) of input and weights; what does not depend on them is made before anything is timed."""
+    hx = None if t.h0 is None else (t.h0, t.c0) if case.mode == "LSTM" else t.h0
+    packs, ours = PackedWeights(), rc.function(case.mode)
+    if not case.lengths:
+        return (
+            lambda x, *weights: rc.run_torch(case, dataclasses.replace(t, input=x, weights=weights))[:1],
+            lambda x, *weights: (ours(x, hx, weights, packs=packs)[0],),
+        )
+    sequence = pack_padded_sequence(t.input, t.lengths, enforce_sorted=False)
+    operator = getattr(torch._VF, case.mode.lower())  # type: ignore[attr-defined]
+    zeros = t.input.new_zeros(1, case.shape[1], case.shape[3])
+    state = (zeros, zeros) if case.mode == "LSTM" else zeros
+
+    def packed(x: Tensor) -> PackedSequence:
+        return sequence._replace(data=x)
+
+    return (
+        lambda x, *weights: operator(x, sequence.batch_sizes, state, list(weights), True, 1, 0.0, False, False)[:1],
+        lambda x, *weights: (ours(packed(x), None, weights, packs=packs)[0].data,),
+    )
+
+
+def prepare(op: Op) -> tuple[Case, gate.Truth]:
+    """What is timed, and what its results must be."""
+    case = op.case
+    t = rc.tensors(case, gate.DRAW)
+    eager, ours = _sides(case, t)
+    x, grad = t.input, t.grad_output
+    if case.lengths:
+        sequence = pack_padded_sequence(t.input, t.lengths, enforce_sorted=False)
+        x = sequence.data
+        grad = pack_padded_sequence(t.grad_output, t.lengths, enforce_sorted=False).data
+    inputs = tuple(i.detach().requires_grad_(op.backward) for i in (x, *t.weights))
+    made = Case(
+        op=op.name,
+        dtype=case.dtype,
+        shape=case.shape,
+        eager=eager,
+        ours=ours,
+        inputs=inputs,
+        grad_outputs=(grad,) if op.backward else None,
+        onnx=None if op.backward else onnx_node(case, t),
+        cells=_torch_cells(case, t),
+    )
+    return made, _truth(case, t, made)
+
+
+def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
+    """torch's own results on these inputs, in their dtype and in float64."""
+    doubled = dataclasses.replace(
+        t,
+        **{
+            f.name: v.double()
+            for f in dataclasses.fields(t)
+            if isinstance(v := getattr(t, f.name), Tensor) and v.is_floating_point()
+        },
+        weights=tuple(w.double() for w in t.weights),
+    )
+    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled)
+    wide_inputs = tuple(i.detach().double().requires_grad_(i.requires_grad) for i in made.inputs)
+    grads = None if made.grad_outputs is None else tuple(g.double() for g in made.grad_outputs)
+    wide = dataclasses.replace(made, eager=wide_eager, inputs=wide_inputs, grad_outputs=grads, dtype=torch.float64)
+    names: Names = ("output",)
+    if grads is not None:
+        names += ("grad_input", *(f"grad_w{i}" for i in range(len(made.inputs) - 1)))
+    with made.mode():
+        torchs, truth = (dict(zip(names, c.bind(c.eager)(), strict=True)) for c in (made, wide))
+    arrays = {name: tensor.detach().numpy() for name, tensor in truth.items()}
+    return gate.Truth(names, {name: tensor.detach() for name, tensor in torchs.items()}, arrays)
+
+
+@pytest.fixture(scope="module")
+def rnn_room(room: Room) -> Room:
+    """The same room, rows included, with other peers."""
+    return dataclasses.replace(room, peers=RNN_PEERS)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in OPS])
+def test_rnn(op: Op, rnn_room: Room, benchmark: BenchmarkFixture) -> None:
+    if rnn_room.quick and op.name not in QUICK:
+        pytest.skip("not in --quick")
+    made, truth = prepare(op)
+    rnn_room.measure(made, truth, Target(op.ratio, work(op.case, op.backward), "FMA"), benchmark)

@@ -1,0 +1,465 @@
+"""What holds of the recurrent family exactly, or in every form: lengths, threads, derivatives, modules, compilers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import rnn_cases as rc
+import torch
+import torch._dynamo
+from rnn_cases import FORMS, Case
+from test_norm_properties import assert_same_bits
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import handtuned
+from handtuned import nn
+
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
+
+WATCHDOG = 60  # seconds after which what waits for a lost thread is given up
+
+
+def with_watchdog(function: Callable[[], object]) -> None:
+    """Runs function in a thread; a deadlock fails the test instead of holding it up."""
+    failed: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            function()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    thread.join(WATCHDOG)
+    assert not thread.is_alive(), f"still waiting after {WATCHDOG} s"
+    if failed:
+        raise failed[0]
+
+
+# ---- lengths ---------------------------------------------------------------------------------------------------------
+
+RAGGED = [
+    Case(mode, (6, 7, 5, 18), lengths=(3, 0, 6, 1, 0, 6, 2), bidirectional=True, layers=2, states=True, proj=proj)
+    for mode, proj in (*((mode, 0) for mode in rc.MODES), ("LSTM", 4))
+]
+
+
+@pytest.mark.cases([case.with_(batch_first=first) for case in RAGGED for first in (False, True)])
+def test_each_row_is_as_if_alone(kernels: str, case: Case) -> None:
+    """Lengths in any order, zero among them, NaN in the padding: values and gradients of a loop over the rows."""
+    t = rc.tensors(case)
+    leaves = t.leaves()
+    whole = rc.run(case, t.with_leaves(leaves))
+    padding = torch.arange(case.shape[0])[:, None] >= t.lengths
+    output = whole[0].transpose(0, 1) if case.batch_first else whole[0]
+    assert (output[padding] == 0).all()
+
+    u = t.with_leaves(leaves)
+    x, single = (u.input.transpose(0, 1) if case.batch_first else u.input), case.with_(lengths=(), batch_first=False)
+    parts: list[tuple[Tensor, ...]] = []
+    for b, length in enumerate(case.lengths):
+        states = {name: s if s is None else s[:, b : b + 1] for name, s in (("h0", u.h0), ("c0", u.c0))}
+        y, *finals = rc.run(single, replace(u, input=x[:length, b : b + 1], lengths=None, **states))
+        filled = torch.cat([y, y.new_zeros(case.shape[0] - length, 1, y.shape[-1])])
+        parts.append((filled, *finals))
+    alone = tuple(torch.cat(column, 1) for column in zip(*parts, strict=True))
+    alone = (alone[0].transpose(0, 1) if case.batch_first else alone[0], *alone[1:])
+    torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
+    incoming = (t.grad_output, t.grad_hn, t.grad_cn)[: len(whole)]
+    found, expected = (
+        torch.autograd.grad(outputs, list(leaves.values()), incoming, retain_graph=True) for outputs in (whole, alone)
+    )
+    assert all(grad.isfinite().all() for grad in found)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cases([case.with_(lengths=(3, 4, 6, 1, 2, 6, 2)) for case in RAGGED])
+def test_lengths_are_a_packed_sequence(kernels: str, case: Case) -> None:
+    t = rc.tensors(case)
+    expected = rc.results(case, t)
+    found = rc.results(case.with_(packed=True), t)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_lengths_of_any_kind(kernels: str, dtype: torch.dtype) -> None:
+    module, x = nn.GRU(3, 5), torch.randn(4, 3, 3)
+    expected, _ = module(x, lengths=torch.tensor([4, 2, 0]))
+    for lengths in (torch.tensor([4, 2, 0], dtype=dtype), [4, 2, 0], torch.tensor([4, 0, 2, 0, 0])[::2].to(dtype)):
+        assert module(x, lengths=lengths)[0].equal(expected)
+
+
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.parametrize("mode", ["LSTM", "GRU", "RNN"])
+def test_packed_sequences_in_and_out(kernels: str, mode: str, enforce_sorted: bool) -> None:
+    theirs = getattr(torch.nn, mode)(3, 6, 2, bidirectional=True)
+    ours = getattr(nn, mode)(3, 6, 2, bidirectional=True)
+    ours.load_state_dict(theirs.state_dict())
+    lengths = torch.tensor([5, 3, 1] if enforce_sorted else [3, 5, 1])
+    packed = pack_padded_sequence(torch.randn(5, 3, 3), lengths, enforce_sorted=enforce_sorted)
+    h0 = torch.randn(4, 3, 6)
+    found, expected = (m(packed, (h0, h0) if mode == "LSTM" else h0) for m in (ours, theirs))
+    assert isinstance(found[0], PackedSequence)
+    for a, b in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(a, b) if b is not None else None
+    torch.testing.assert_close(found[1], expected[1])
+    assert pad_packed_sequence(found[0])[1].equal(lengths)
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cases([case.with_(shape=shape) for case in FORMS[::4] for shape in ((0, 3, 4, 5), (3, 0, 4, 5))])
+def test_no_steps_or_no_rows(kernels: str, case: Case) -> None:
+    case = case.with_(lengths=(), packed=False, states=True, proj=0)
+    t = rc.tensors(case)
+    found = rc.results(case, t)
+    if case.shape[0] == 0:
+        assert t.h0 is not None
+        assert found["hn"].equal(t.h0)
+        assert found["grad_h0"].equal(t.grad_hn)
+    assert all((grad == 0).all() for name, grad in found.items() if name.startswith("grad_w"))
+
+
+@pytest.mark.cases(
+    [
+        Case(mode, shape, states=True, bidirectional=True)
+        for mode in rc.MODES
+        for shape in ((2, 3, 4, 1), (1, 1, 1, 3), (3, 2, 130, 15), (2, 67, 3, 31), (5, 4, 1, 129))
+    ]
+)
+def test_odd_sizes(kernels: str, case: Case) -> None:
+    t = rc.tensors(case)
+    truth = rc.exact(case, t)
+    for name, tensor in rc.results(case, t).items():
+        torch.testing.assert_close(tensor.double(), truth[name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.cases([form.with_(lengths=(), packed=False) for form in FORMS[:3]])
+def test_strides_change_no_bit(isa: str, case: Case) -> None:
+    t = rc.tensors(case)
+    expected = rc.results(case, t)
+    wide = torch.full((*t.input.shape[:2], 2 * t.input.shape[2] + 1), torch.nan)
+    for place in (slice(1, 1 + t.input.shape[2]), slice(0, None, 2)):
+        spread = wide.clone()[..., place][..., : t.input.shape[2]]
+        spread.copy_(t.input)
+        assert_same_bits(rc.results(case, replace(t, input=spread)), expected)
+    turned = rc.results(
+        case,
+        replace(
+            t, input=t.input.mT.contiguous().mT, grad_output=t.grad_output.transpose(0, 1).contiguous().transpose(0, 1)
+        ),
+    )
+    assert_same_bits(turned, expected)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+LARGE = [
+    Case("LSTM", (9, 3, 40, 150), layers=2, bidirectional=True, states=True),
+    Case("GRU", (12, 1, 30, 260), states=True),
+    Case("RNN_TANH", (6, 40, 33, 100), lengths=tuple(range(1, 7)) * 6 + (0, 3, 6, 2), bidirectional=True),
+    Case("LSTM", (5, 9, 20, 96), proj=33, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.cases(LARGE)
+def test_same_bits_for_any_number_of_threads(isa: str, case: Case) -> None:
+    t = rc.tensors(case)
+    torch.set_num_threads(1)
+    expected = rc.results(case, t)
+
+    def check() -> None:
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert_same_bits(rc.results(case, t), expected)
+
+    with_watchdog(check)
+
+
+def test_calls_from_several_python_threads(isa: str) -> None:
+    """Also with fewer threads to spare than each call asks for."""
+    inputs = [rc.tensors(LARGE[0], draw) for draw in range(3)]
+    expected = [rc.results(LARGE[0], t) for t in inputs]
+
+    def check() -> None:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda t: rc.results(LARGE[0], t), inputs * 2))
+        for actual, wanted in zip(found, expected * 2, strict=True):
+            assert_same_bits(actual, wanted)
+
+    with_watchdog(check)
+
+
+def run_program(program: str, *arguments: str) -> str:
+    """In a process of its own, with the watchdog."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_more_threads_than_the_machine_has() -> None:
+    """Slices that stand in one region wait for each other whoever serves them."""
+    program = """
+import torch, handtuned
+torch.manual_seed(0)
+m, x = handtuned.nn.LSTM(20, 200, 2, bidirectional=True), torch.randn(20, 2, 20)
+torch.set_num_threads(1)
+expected = m(x)[0]
+for threads in (2, 7, 16):
+    torch.set_num_threads(threads)
+    assert m(x)[0].equal(expected), threads
+print("same")
+"""
+    assert run_program(program) == "same\n"
+
+
+def test_inside_other_threads() -> None:
+    """Called from more Python threads than there are cores, and in autograd's own thread."""
+    program = """
+import concurrent.futures, torch, handtuned
+torch.manual_seed(0)
+m, xs = handtuned.nn.GRU(20, 200), [torch.randn(20, 2, 20) for _ in range(6)]
+expected = [m(x)[0].detach() for x in xs]
+with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    found = list(pool.map(lambda x: m(x)[0].detach(), xs))
+assert all(a.equal(b) for a, b in zip(found, expected))
+x = xs[0].clone().requires_grad_()
+m(x)[0].sum().backward()
+print("done")
+"""
+    assert run_program(program) == "done\n"
+
+
+def test_after_a_fork() -> None:
+    """A child has none of its parent's threads; with its own it goes on."""
+    program = """
+import os, sys, torch, handtuned
+torch.manual_seed(0)
+m, x = handtuned.nn.LSTM(20, 200), torch.randn(20, 2, 20)
+torch.set_num_threads(1)  # OpenMP's own limit: a parent that has used its pool cannot be forked
+expected = m(x)[0].detach()
+child = os.fork()
+if child == 0:
+    os._exit(0 if m(x)[0].detach().equal(expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_program(program) == "0\n"
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+TINY = [
+    *(Case(mode, (3, 2, 2, 3), bidirectional=True, layers=2, states=True) for mode in rc.MODES[:3]),
+    Case("LSTM", (3, 3, 2, 3), proj=2, lengths=(2, 0, 3), states=True, dropout=0.0),
+    Case("GRU", (3, 2, 2, 2), layers=2, dropout=0.4),
+]
+
+
+@pytest.mark.cases([case.with_(dtype=torch.float64) for case in TINY])
+def test_first_and_second_derivatives(kernels: str, case: Case) -> None:
+    t = rc.tensors(case)
+    t = replace(t, input=t.input.nan_to_num(0))
+    leaves = t.leaves()
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        return rc.run(case, t.with_leaves(dict(zip(leaves, values, strict=True))))
+
+    with rc.one_thread():
+        assert gradcheck(call, tuple(leaves.values()), fast_mode=kernels != "generic")
+        assert gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+def test_torch_func_runs_the_formula() -> None:
+    ours, theirs = nn.LSTM(3, 4).double(), torch.nn.LSTM(3, 4).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def loss(module: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda x: module(x)[0].pow(2).sum()
+
+    with pytest.warns(handtuned.FallbackWarning):
+        found = torch.func.grad(loss(ours))(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(loss(theirs)(leaf), leaf)[0])
+    each = torch.func.vmap(loss(ours), in_dims=1)(x)
+    torch.testing.assert_close(each.sum(), loss(theirs)(x))
+
+
+# ---- modules ---------------------------------------------------------------------------------------------------------
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    ("LSTM", {}),
+    ("LSTM", {"proj_size": 3, "bidirectional": True}),
+    ("GRU", {"num_layers": 2, "bias": False}),
+]
+KINDS += [("RNN", {"nonlinearity": "relu"}), ("LSTMCell", {}), ("GRUCell", {"bias": False}), ("RNNCell", {})]
+
+
+def call(module: torch.nn.Module, x: Tensor) -> Tensor:
+    found = module(x)
+    first: Tensor = found[0] if isinstance(found, tuple) else found
+    return first
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
+def test_modules_are_torchs(isa: str, kind: str, options: dict[str, Any]) -> None:
+    """Same weights for the same seed, same state_dict, copies and pickles, class swaps."""
+    torch.manual_seed(1)
+    theirs = getattr(torch.nn, kind)(4, 6, **options)
+    torch.manual_seed(1)
+    ours = getattr(nn, kind)(4, 6, **options)
+    assert isinstance(ours, type(theirs))
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(a.equal(b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    x = torch.randn(5, 4) if kind.endswith("Cell") else torch.randn(3, 5, 4)
+    expected = call(theirs, x)
+    before = set(vars(ours))
+    torch.testing.assert_close(call(ours, x), expected, rtol=1e-5, atol=1e-6)
+    assert set(vars(ours)) == before
+    stream = io.BytesIO()
+    torch.save(ours, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(stream, weights_only=False)):
+        assert type(other) is type(ours)
+        assert call(other, x).equal(call(ours, x))
+    report = handtuned.replace(theirs)
+    assert type(theirs) is type(ours)
+    assert call(theirs, x).equal(call(ours, x))
+    report.undo()
+    torch.testing.assert_close(call(theirs, x), expected)
+
+
+def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
+    """Ways to change the weights that must be noticed."""
+
+    def in_place(m: torch.nn.LSTM) -> None:
+        with torch.no_grad():
+            m.weight_hh_l0.mul_(2)
+
+    def other_data(m: torch.nn.LSTM) -> None:
+        m.weight_hh_l0.data = m.weight_hh_l0.data * 2
+
+    def parameter(m: torch.nn.LSTM) -> None:
+        m.weight_hh_l0 = torch.nn.Parameter(m.weight_hh_l0.detach() * 2)
+
+    def loaded(m: torch.nn.LSTM) -> None:
+        m.load_state_dict({name: 2 * t for name, t in m.state_dict().items()})
+
+    def step(m: torch.nn.LSTM) -> None:
+        m(torch.randn(3, 2, 4))[0].sum().backward()
+        torch.optim.SGD(m.parameters(), lr=1.0).step()
+
+    def told(m: torch.nn.LSTM) -> None:
+        m.weight_hh_l0.data.mul_(2)
+        m.flatten_parameters()
+
+    def after_a_backward(m: torch.nn.LSTM) -> None:
+        m(torch.randn(3, 2, 4))[0].sum().backward()
+        m.weight_hh_l0.data.mul_(2)
+
+    return iter([(f.__name__, f) for f in (in_place, other_data, parameter, loaded, step, told, after_a_backward)])
+
+
+@pytest.mark.parametrize("change", [c for _, c in changes()], ids=[n for n, _ in changes()])
+def test_changed_weights_are_noticed(change: Callable[[torch.nn.LSTM], object]) -> None:
+    module, x = nn.LSTM(4, 6), torch.randn(3, 2, 4)
+    with torch.no_grad():
+        module(x)
+    change(module)
+    fresh = torch.nn.LSTM(4, 6)
+    fresh.load_state_dict(module.state_dict())
+    torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_weights_are_packed_once() -> None:
+    module, x = nn.LSTM(4, 6), torch.randn(1, 2, 4)
+    with torch.no_grad():
+        _, state = module(x)
+        calls = handtuned.explain(module, x, state).calls
+        again = handtuned.explain(module, x, state).calls
+    assert [c.op for c in calls] == [c.op for c in again] == ["rnn"]
+    module.to(torch.bfloat16)
+    assert [c.op for c in handtuned.explain(module, x.bfloat16()).calls] == ["rnn_pack", "rnn"]
+
+
+def test_truncated_sequences_pass_their_states(isa: str) -> None:
+    """A sequence in pieces is the sequence; and the cell is a piece of one step."""
+    module, x = nn.LSTM(4, 6, 2), torch.randn(7, 3, 4)
+    whole, final = module(x)
+    state, parts = None, []
+    for piece in x.split(2):
+        y, state = module(piece, state)
+        parts.append(y)
+    torch.testing.assert_close(torch.cat(parts), whole)
+    torch.testing.assert_close(state, final)
+    single, cell = nn.GRU(4, 6), nn.GRUCell(4, 6)
+    cell.load_state_dict({name.removesuffix("_l0"): t for name, t in single.state_dict().items()})
+    h = None
+    for step in x:
+        h = cell(step, h)
+    torch.testing.assert_close(h, single(x)[1][0])
+
+
+def test_autocast(isa: str) -> None:
+    module, x = nn.GRU(4, 6), torch.randn(3, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, h = module(x)
+        assert (y.dtype, h.dtype) == (torch.bfloat16, torch.bfloat16)
+        y.float().sum().backward()
+    assert module.weight_ih_l0.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), module(x)[0], rtol=2e-2, atol=2e-2)
+
+
+# ---- compile and export ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rnn_allowed() -> Iterator[None]:
+    """Dynamo refuses every subclass of torch.nn.LSTM, GRU and RNN unless told otherwise."""
+    with torch._dynamo.config.patch(allow_rnn=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("rnn_allowed")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_compiled_in_one_graph(kind: str) -> None:
+    """Values and gradients, and again for another batch and length without another compilation."""
+    module = getattr(nn, kind)(3, 5, 2, bidirectional=True, batch_first=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 5, 3), (4, 7, 3)):
+        x, lengths = torch.randn(shape, requires_grad=True), torch.arange(shape[0])
+        for more in ({}, {"lengths": lengths}):
+            found, expected = (
+                torch.autograd.grad(m(x, **more)[0].sin().sum(), [x, *module.parameters()]) for m in (compiled, module)
+            )
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_exported_as_one_node(kind: str) -> None:
+    module = getattr(nn, kind)(3, 5, 2, batch_first=True).eval()
+    batch, steps = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("steps", min=2, max=512)
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch, 1: steps},))
+        names = [str(node.target) for node in program.graph.nodes if "handtuned" in str(node.target)]
+        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn.default"]
+        x = torch.randn(5, 9, 3)
+        torch.testing.assert_close(program.module()(x), module(x))
