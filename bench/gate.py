@@ -1,7 +1,7 @@
 """No time without a green test: each callable's results on the tensors to be timed, against float64.
 
-handtuned is held to the numerics contract (tests/numerics.py): outputs and gradients, root mean square error at most 1.5
-times torch's. The largest error of a single draw is luck, of torch's as of ours; the tests judge it, over many draws.
+handtuned is held to the numerics contract (tests/numerics.py): outputs and gradients, root mean square error at most
+1.5 times torch's. The largest error of a single draw is luck, of torch's as of ours; the tests judge it, over many.
 Peers only have to compute the same thing.
 """
 

@@ -47,6 +47,9 @@ class OnnxModel:
     nodes: tuple[tuple[str, str, tuple[str, ...], str, dict[str, Any]], ...]
     weights: dict[str, Tensor]
     last: str
+    # The output is like the input.
+    shape: None = None
+    result: None = None
 
     @property
     def outputs(self) -> tuple[str, ...]:
