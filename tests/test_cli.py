@@ -60,8 +60,8 @@ def test_every_replaced_module_and_the_attention_have_a_row_each_way(compared):
     found = [(row.name, row.direction, len(row.modules)) for row in rows]
     groups = GROUPS | dict.fromkeys(ATTENTION, 6)
     both = [(name, way, count) for name, count in groups.items() for way in ("forward", "forward+backward")]
-    assert found == both + [(name, "forward", 0) for name in WHOLE]
-    names = [name for row in rows if row.direction == "forward" and row.name in GROUPS for name in row.modules]
+    assert set(found) >= {*both, *((name, "forward", 0) for name in WHOLE)}
+    names = [name for row in rows if row.direction == "forward" and row.name not in ATTENTION for name in row.modules]
     assert sorted(names) == sorted(row.name for row in handtuned.replace(models.minilm().module).replaced)
 
 
@@ -99,7 +99,10 @@ def test_each_call_names_its_kernel(compared):
         if row.direction == "forward+backward":
             names = [name.removesuffix("_inference") for name in served]
             served = {name + way: len(row.modules) for name in names for way in ("", "_backward")}
-        assert {k.op: k.calls for k in row.kernels} == served
+        found = {k.op: k.calls for k in row.kernels if not k.op.startswith("linear")}
+        known = row.name in (*GROUPS, *ATTENTION, *WHOLE)
+        assert found == (served if known else {})  # all other rows are of linear layers
+        assert row.kernels
         assert {(k.backend, k.kernel) for k in row.kernels} == {("cpu", isa)}
 
 
