@@ -58,12 +58,11 @@ RNN = Family(
     "Recurrent benchmarks",
     (("vs cells", "torch cells"), ("vs onnxruntime", "onnxruntime")),
     "% of FMA peak",
-    _COMMON
-    + "torch eager is the operator below torch.nn.LSTM, GRU or RNN (oneDNN where torch has it), rows of several "
-    "lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Shapes are steps x batch x "
-    "input x hidden. Weights are packed before the timing starts in inference, as a module does, and in each round trip "
-    "of forward and backward. Operations are 2·(input + state)·gates·hidden a valid step forward, three times that with "
-    "the backward. With one row the limit is in truth how fast weights come from the cache. onnxruntime has its weights "
-    "as constants and writes into buffers allocated once. Faults are page faults per call.",
+    _COMMON + "torch eager is the operator below torch.nn.LSTM, GRU or RNN (oneDNN where torch has it), rows of "
+    "several lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Shapes are steps x "
+    "batch x input x hidden. In inference weights are packed before the timing starts, as a module does, in training in "
+    "each call. Operations are 2·(input + state)·gates·hidden a valid step forward, three times that with the backward. "
+    "With one row the limit is in truth how fast weights come from the cache. onnxruntime has its weights as constants "
+    "and writes into buffers allocated once. Faults are page faults per call.",
 )
 FAMILIES = {family.name: family for family in (NORM, ATTENTION, RNN)}
