@@ -89,7 +89,7 @@ def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
         return "has neither lengths nor projections"
     if case.shape[0] > MOST_STEPS and case.shape[1] > 1:
         return "left out for this shape: a call takes long"
-    operator = getattr(torch._VF, f"{case.mode.lower()}_cell")  # type: ignore[attr-defined]
+    operator = getattr(torch._VF, f"{case.mode.lower()}_cell")
 
     def cells(x: Tensor, *weights: Tensor) -> Tensors:
         zeros = x.new_zeros(x.shape[1], case.shape[3])
@@ -140,8 +140,8 @@ def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callab
             lambda x, *weights: rc.run_torch(case, dataclasses.replace(t, input=x, weights=weights))[:1],
             lambda x, *weights: (ours(x, hx, weights, packs=packs)[0],),
         )
-    sequence = pack_padded_sequence(t.input, t.lengths, enforce_sorted=False)
-    operator = getattr(torch._VF, case.mode.lower())  # type: ignore[attr-defined]
+    sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
+    operator = getattr(torch._VF, case.mode.lower())
     zeros = t.input.new_zeros(1, case.shape[1], case.shape[3])
     state = (zeros, zeros) if case.mode == "LSTM" else zeros
 
@@ -161,9 +161,9 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
     eager, ours = _sides(case, t)
     x, grad = t.input, t.grad_output
     if case.lengths:
-        sequence = pack_padded_sequence(t.input, t.lengths, enforce_sorted=False)
+        sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
         x = sequence.data
-        grad = pack_padded_sequence(t.grad_output, t.lengths, enforce_sorted=False).data
+        grad = pack_padded_sequence(t.grad_output, list(case.lengths), enforce_sorted=False).data
     inputs = tuple(i.detach().requires_grad_(op.backward) for i in (x, *t.weights))
     made = Case(
         op=op.name,

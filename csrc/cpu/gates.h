@@ -28,9 +28,6 @@ struct Lstm {
     return o * tanh(c);
   }
 
-  // What W_r projects.
-  HT_INLINE static V unprojected(const V (&kept)[5]) { return kept[3] * tanh(kept[4]); }
-
   HT_INLINE static V back(const V (&kept)[5], V c, V dh, V& dc, V (&d)[4]) {
     const V i = kept[0], f = kept[1], g = kept[2], o = kept[3], y = tanh(kept[4]);
     const V inside = dc + dh * o * (1 - y * y);

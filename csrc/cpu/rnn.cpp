@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "rnn_forward.h"
 #include "rnn_gradients.h"
+#include "rnn_pack.h"
 
 namespace handtuned::HANDTUNED_ISA {
 

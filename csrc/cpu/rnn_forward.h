@@ -374,41 +374,4 @@ void rnn_forward_in(const RnnForward& p) {
   clear_padding<T>(p, p.output, p.directions * p.state);
 }
 
-// ---- packing ------------------------------------------------------------------------------------------------------
-
-template <class E, class T>
-void rnn_pack_in(const RnnPack& p) {
-  using A = Accumulate<E>;
-  constexpr int L = kLanes<A>;
-  const int64_t gates = gates_of(p.cell);
-  char* packed = static_cast<char*>(p.packed_weights) + kRnnHeaderBytes;
-  const void* const* weight = p.weights;
-  for (int64_t i = 0; i < p.layers * p.directions; ++i) {
-    const int64_t width = rnn_input_size(p, i / p.directions);
-    const void* bias[2] = {p.bias ? weight[2] : nullptr, p.bias ? weight[3] : nullptr};
-    auto pack = [&](const void* from, const PanelShape& m) {
-      T* to = reinterpret_cast<T*>(packed);
-      parallel_for(panels_of<A>(m), 1 + (32 << 10) / (1 + panel_numbers<A>(m)), [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel)
-          pack_panel<E>(static_cast<const T*>(from), m.in, m, panel, to + panel * panel_numbers<A>(m));
-      });
-      packed += rnn_matrix_bytes(p.dtype, m.gates, m.out, m.in);
-    };
-    pack(weight[0], {gates, p.hidden, width});
-    pack(weight[1], {gates, p.hidden, p.state});
-    if (p.state != p.hidden) pack(weight[p.bias ? 4 : 2], {1, p.state, p.hidden});
-    const PanelShape m{gates, p.hidden, 1};
-    for (int b = 0; b < 2; ++b) {
-      A* to = reinterpret_cast<A*>(packed) + b * rnn_bias_numbers(p);
-      for (int64_t v = 0; v < panels_of<A>(m) * m.vectors(); ++v, to += L) {
-        const int64_t unit = v / gates * L, n = p.hidden - unit;
-        const T* from = static_cast<const T*>(bias[b]) + v % gates * p.hidden + unit;
-        store(to, bias[b] && n > 0 ? load_first(from, n) : vec<A>{});
-      }
-    }
-    packed += rnn_bias_bytes(p);
-    weight += 2 + 2 * p.bias + (p.state != p.hidden);
-  }
-}
-
 }  // namespace handtuned::HANDTUNED_ISA

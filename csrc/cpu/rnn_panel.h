@@ -69,42 +69,6 @@ HT_INLINE int64_t panel_numbers(const PanelShape& m) {
   return round_up(m.in, 2) * m.vectors() * kLanes<A>;
 }
 
-// L rows of numbers become L vectors, one of each k: columns [k, k + L) of rows [row, row + L) that are below `rows`.
-template <class A, class T>
-HT_INLINE void load_columns(const T* matrix, int64_t pitch, int64_t rows, int64_t cols, vec<A>* column) {
-  constexpr int L = kLanes<A>;
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) column[i] = i < rows && cols > 0 ? load_first(matrix + i * pitch, cols) : vec<A>{};
-  transpose<A>(column);
-}
-
-// One panel of W [gates * out, in], row-major at `pitch`.
-template <class E, class T>
-__attribute__((noinline)) void pack_panel(const T* w, int64_t pitch, const PanelShape& m, int64_t panel, T* to) {
-  using A = Accumulate<T>;
-  constexpr int L = kLanes<A>;
-  const int64_t step = m.vectors() * L;
-  for (int64_t v = 0; v < m.unit_vectors(); ++v) {
-    for (int64_t g = 0; g < m.gates; ++g) {
-      const int64_t unit = (panel * m.unit_vectors() + v) * L;
-      const T* rows = w + (g * m.out + unit) * pitch;
-      T* column_to = to + (v * m.gates + g) * L * kPack<E>;
-      for (int64_t k = 0; k < round_up(m.in, 2); k += L) {
-        vec<A> column[L];
-        load_columns<A>(rows + k, pitch, m.out - unit, m.in - k, column);
-        for (int i = 0; i < L && k + i < round_up(m.in, 2); i += kPack<E>) {
-          if constexpr (std::is_same_v<E, pair>) {
-            const u32 pairs = narrow_pair(column[i], column[i + 1]);
-            __builtin_memcpy(column_to + (k + i) * step, &pairs, sizeof pairs);
-          } else {
-            store(column_to + (k + i) * step, column[i]);
-          }
-        }
-      }
-    }
-  }
-}
-
 // ---- products ---------------------------------------------------------------------------------------------------
 
 // What a product reads the weights of a tensor of T as.
