@@ -60,8 +60,8 @@ RNN = Family(
     "% of FMA peak",
     _COMMON + "torch eager is the operator below torch.nn.LSTM, GRU or RNN (oneDNN where torch has it), rows of "
     "several lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Shapes are steps x "
-    "batch x input x hidden. In inference weights are packed before the timing starts, as a module does, in training in "
-    "each call. Operations are 2·(input + state)·gates·hidden a valid step forward, three times that with the backward. "
+    "batch x input x hidden. In inference weights are packed before the timing, as by a module; training packs in "
+    "each call. Operations are 2·(input + state)·gates·hidden a valid step forward, three times that with backward. "
     "With one row the limit is in truth how fast weights come from the cache. onnxruntime has its weights as constants "
     "and writes into buffers allocated once. Faults are page faults per call.",
 )
