@@ -28,8 +28,6 @@ HT_INLINE int64_t padded(int64_t width) {
 // Element type E of the products' operands: float or double, or pair for bf16 where the ISA multiplies pairs. Numbers
 // in an element, and elements of a row of numbers.
 template <class E>
-inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
-template <class E>
 HT_INLINE int64_t elements(int64_t width) {
   return (width + kPack<E> - 1) / kPack<E>;
 }

@@ -19,6 +19,10 @@ inline constexpr int kPanelVectors = 2;
 template <class A>
 inline constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
+// Numbers along k in an element.
+template <class E>
+inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
+
 // Rows of C in registers beside MV vectors of columns: 32 registers with AVX-512, else 16.
 template <int MV>
 inline constexpr int kBlockRows = MV == 1 ? (kVectorBytes == 64 ? 16 : 8) : (kVectorBytes == 64 ? 24 : 12) / MV;

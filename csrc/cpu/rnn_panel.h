@@ -16,9 +16,6 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-HT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-HT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Element type E of the products' operands: float or double, or pair for bf16 where the ISA multiplies pairs. A row of
 // operands is stored as numbers of type Operand, an even count of them.
 template <class E>
@@ -31,8 +28,6 @@ struct OperandOf<pair> {
 };
 template <class E>
 using Operand = typename OperandOf<E>::type;
-template <class E>
-inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
 // Numbers in whole elements.
 template <class E>
 HT_INLINE int64_t whole(int64_t numbers) {

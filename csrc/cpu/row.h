@@ -14,9 +14,6 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-HT_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-HT_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // Row i of a strided tensor.
 template <class T>
 HT_INLINE T* row_of(const StridedRows& rows, int64_t i) {

@@ -405,4 +405,7 @@ HT_INLINE u64 multiply_low32(u64 a, u64 b) {
 #endif
 }
 
+HT_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+HT_INLINE constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 }  // namespace handtuned::HANDTUNED_ISA
