@@ -25,8 +25,7 @@ HT_INLINE int64_t padded(int64_t width) {
   return (width + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// Element type E of the products' operands: float or double, or pair for bf16 where the ISA multiplies pairs. Numbers
-// in an element, and elements of a row of numbers.
+// Elements of type E in a row of numbers: float or double, or pair for bf16 where the ISA multiplies pairs.
 template <class E>
 HT_INLINE int64_t elements(int64_t width) {
   return (width + kPack<E> - 1) / kPack<E>;
