@@ -124,7 +124,8 @@ def _erf(x: Array) -> Array:
     for n in range(1, 200):
         term = term * 2 * bounded * bounded / (2 * n + 1)
         total = total + term
-    return 2 / np.sqrt(np.arccos(x.dtype.type(-1))) * np.exp(-bounded * bounded) * total
+    erf: Array = 2 / np.sqrt(np.arccos(x.dtype.type(-1))) * np.exp(-bounded * bounded) * total
+    return erf
 
 
 def _activation(z: Array, name: str) -> tuple[Array, Array]:
@@ -220,7 +221,7 @@ def _cases() -> list[Case]:
     found += [
         Case((21,), 40, 50, dtype=dtype, activation=a, bias=a != "gelu") for dtype in (F32, BF16) for a in ACTIVATIONS
     ]
-    found += [Case(*size, dtype=dtype) for size in SIZES for dtype in cases.SHORT]
+    found += [Case(rows, k, n, dtype=dtype) for rows, k, n in SIZES for dtype in cases.SHORT]
     found += [Case((6,), 40, 50, dropout=0.3), Case((6,), 40, 50, residual=True, bias=False, dtype=F16)]
     for layout in list(cases.LAYOUTS)[1:]:
         found += [Case((4, 5, 3), 24, 24, dtype=dtype, layout=layout, residual=True) for dtype in (F32, BF16, F16)]

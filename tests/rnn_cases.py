@@ -121,8 +121,8 @@ def tensors(case: Case, draw: int = 0) -> Tensors:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
     def uniform(*shape: int) -> Tensor:
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
-        return ((2 * drawn - 1) / hidden**0.5).to(case.dtype)
+        drawn = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
+        return drawn.div(hidden**0.5).to(case.dtype)
 
     lead = (batch, steps) if case.batch_first else (steps, batch)
     x, lengths = normal(*lead, width), torch.tensor(case.lengths) if case.lengths else None
@@ -152,8 +152,8 @@ def function(mode: str) -> Callable[..., Any]:
     """nn.functional's function of a mode."""
     if mode.startswith("RNN"):
         return lambda *args, **kwargs: H.rnn(*args, nonlinearity=mode[4:].lower(), **kwargs)
-    found: Callable[..., Any] = {"LSTM": H.lstm, "GRU": H.gru}[mode]
-    return found
+    functions: dict[str, Callable[..., Any]] = {"LSTM": H.lstm, "GRU": H.gru}
+    return functions[mode]
 
 
 def _hx(case: Case, t: Tensors) -> Any:
@@ -163,6 +163,7 @@ def _hx(case: Case, t: Tensors) -> Any:
 
 
 def _sequence(case: Case, t: Tensors) -> PackedSequence:
+    assert t.lengths is not None
     return pack_padded_sequence(t.input, t.lengths, batch_first=case.batch_first, enforce_sorted=False)
 
 
@@ -184,7 +185,7 @@ def run_torch(case: Case, t: Tensors) -> tuple[Tensor, ...]:
     stack = case.layers * case.directions
     h0 = t.input.new_zeros(stack, batch, case.state) if t.h0 is None else t.h0
     c0 = t.input.new_zeros(stack, batch, hidden) if t.c0 is None else t.c0
-    operator = getattr(torch._VF, case.mode.lower())  # type: ignore[attr-defined]
+    operator = getattr(torch._VF, case.mode.lower())
     options = (list(t.weights), case.bias, case.layers, 0.0, False, case.bidirectional)
     if t.lengths is None:
         hx = (h0, c0) if case.mode == "LSTM" else h0
