@@ -30,6 +30,12 @@ void parallel_pieces(int64_t n, int64_t run, F f) {
   });
 }
 
+// The same one piece at a time, or all of them on the calling thread.
+template <class F>
+void parallel_pieces(int64_t n, bool serial, F f) {
+  parallel_pieces(n, serial ? n : int64_t(1), f);
+}
+
 }  // namespace HANDTUNED_ISA
 #endif
 
