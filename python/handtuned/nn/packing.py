@@ -68,6 +68,8 @@ def kept(
 
 def packed_weight(module: torch.nn.Module, name: str, weight: Tensor, input: Tensor) -> Tensor | None:
     """weight (out_features, in_features) packed for a linear of input; None where it should have the weight alone."""
+    if torch.compiler.is_compiling():  # nothing is kept then, and a traced comparison would bind the rows
+        return None
     few = input.numel() <= FEW_ROWS * weight.shape[-1]
     return None if few else kept(module, name, weight)
 
