@@ -199,6 +199,19 @@ def test_bad_input_is_named(call: Any, words: str, backend: str) -> None:
         call()
 
 
+def test_packed_weights_of_another_instruction_set_are_refused(isa: str) -> None:
+    weights = [torch.ones(80, 8), torch.ones(80, 20), torch.ones(80), torch.ones(80)]
+    packed = ops.rnn_pack(weights, "LSTM", False, True)
+    for row in handtuned._C.isa_table():
+        if not (row["built"] and row["supported"]):
+            continue
+        with handtuned.testing.isa(row["name"]):
+            args = (torch.ones(3, 2, 8), None, None, None, packed, "LSTM", 20, 0, 1, False, 0.0, None, False)
+            same = row["vector_bits"] == next(r["vector_bits"] for r in handtuned._C.isa_table() if r["name"] == isa)
+            with nullcontext() if same else pytest.raises(RuntimeError, match="another instruction set"):
+                ops.rnn(*args)
+
+
 def test_packed_weights_of_another_size_are_refused() -> None:
     packed = ops.rnn_pack(weights(hidden=4, width=3), "LSTM", False, True)
     args = (None, None, None, packed, "LSTM", 8, 0, 1, False, 0.0, None, False)
