@@ -55,7 +55,6 @@ class Truth:
     names: tuple[str, ...]
     torchs: dict[str, Tensor]
     truth: dict[str, numerics.Array]
-    factor: float = numerics.FACTOR
 
     def red(self, results: Sequence[Tensor]) -> str | None:
         """What breaks the contract, or None."""
@@ -69,7 +68,7 @@ class Truth:
                 continue
             errors = numerics.Errors(torch.finfo(result.dtype).eps)
             errors.add(result, torchs, truth)
-            excess = errors.excess(self.factor, largest=False)
+            excess = errors.excess(largest=False)
             if excess:
                 found.append(f"{name}: {excess}")
         return "; ".join(found) or None

@@ -100,7 +100,7 @@ class Errors:
             self.squares[i] += float((values**2).mean())
             self.largest[i] += float(np.abs(values).max())
 
-    def excess(self, factor: float = FACTOR, *, largest: bool = True) -> str | None:
+    def excess(self, *, largest: bool = True) -> str | None:
         """What is wrong, or None. largest: whether the largest error is judged too."""
         if self.draws == 0:
             return None
@@ -108,7 +108,7 @@ class Errors:
         if largest:
             bounded["largest"] = [v / self.draws for v in self.largest]
         for name, (ours, torchs, scale) in bounded.items():
-            allowed = factor * torchs + (self.eps / 2 + self.slack) * scale
+            allowed = FACTOR * torchs + (self.eps / 2 + self.slack) * scale
             if not ours <= allowed:
                 unit = self.eps * scale or self.eps
                 return f"{name} error {ours / unit:.3g} eps, torch's {torchs / unit:.3g}, allowed {allowed / unit:.3g}"
