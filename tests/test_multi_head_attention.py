@@ -185,7 +185,7 @@ def test_gradients_with_dropout() -> None:
 
 
 def test_kept_weights_follow_their_parameters() -> None:
-    theirs, ours = pair(batch_first=True)
+    theirs, ours = pair(batch_first=True, dtype=torch.float32)
     x, memory = draw(N, L, E), draw(N, S, E)
     with torch.no_grad():
         for change in (lambda m: m.in_proj_weight.mul_(2), lambda m: m.out_proj.weight[2].zero_(), lambda m: m.half()):
