@@ -87,9 +87,16 @@ def kept(
 def packed_weight(module: torch.nn.Module, name: str, weight: Tensor, input: Tensor) -> Tensor | None:
     """weight (out_features, in_features) packed for a linear of input; None where it should have the weight alone."""
     if torch.compiler.is_compiling():  # nothing is kept then, and a traced comparison would bind the rows
-        return None
+        return F.pack_linear_weight(weight) if _freezes() else None
     few = input.numel() <= FEW_ROWS * weight.shape[-1]
     return None if few else kept(module, name, (weight,))
+
+
+def _freezes() -> bool:
+    """Whether the compiler runs what depends on parameters alone once, and keeps the result."""
+    import torch._inductor.config as inductor  # here, since it is slow to import and loaded where it can matter
+
+    return inductor.freezing and not torch.is_grad_enabled()
 
 
 def drop(module: torch.nn.Module) -> None:
@@ -103,7 +110,7 @@ class KeepsPacked(torch.nn.Module):
     Packing takes as much memory again, once, and is done anew when a weight has changed: by an optimizer,
     load_state_dict or any other operation that autograd sees, by a move or a conversion. A write through weight.data
     or a NumPy view is seen by nobody: call drop_packed() after one. Under torch.compile and for float64 and inference
-    tensors nothing is kept.
+    tensors nothing is kept; a compiler that freezes parameters packs once by itself.
 
     keep_packed: set it to False, on an instance or on the class, to save the memory and pack in each call.
     """
