@@ -35,39 +35,52 @@ struct GateCall {
 template <class A>
 using GateLoop = void (*)(const GateCall<A>&);
 
-template <template <class> class Cell, class A>
+// Gates: Plain, or Variant, which with its branches takes a tenth longer.
+template <template <class> class Cell, template <class> class Gates, class A>
 void gate_loop(const GateCall<A>& call) {
   using C = Cell<vec<A>>;
+  using P = Gates<vec<A>>;
   constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
   const Rnn& p = call.p;
-  Variant<vec<A>> variant{p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
+  P gates;
+  if constexpr (!P::kPlain) gates = {p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
   for (int64_t i = 0; i < call.panels; ++i) {
-    for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
-      variant.peephole[k] = load(call.peepholes + k * rnn_peephole_pitch(p) + call.first + i * L);
+    if constexpr (!P::kPlain)
+      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
+        gates.peephole[k] = load(call.peepholes + k * rnn_peephole_pitch(p) + call.first + i * L);
     for (int64_t at = 0; at < call.rows * V; ++at) {
       const int64_t unit = call.first + (i * V + at % V) * L;
       const A *x = call.x + i * call.x_panel + at * G * L, *s = call.s + i * call.s_panel + at * G * L;
       A *h = call.h + i * call.state_panel + at * L, *c = call.c + i * call.state_panel + at * L;
       vec<A> xs[G], ss[G], kept[K], cell = C::kCell ? load(c) : vec<A>{};
       for (int g = 0; g < G; ++g) xs[g] = load(x + g * L), ss[g] = load(s + g * L);
-      const vec<A> next = C::step(variant, xs, ss, load(h), cell, kept);
-      store(h, zone(call.zone_h.of(at / V, unit), next, load(h)));
-      if (C::kCell) store(c, kept[K - 1] = zone(call.zone_c.of(at / V, unit), cell, load(c)));
+      vec<A> next = C::step(gates, xs, ss, load(h), cell, kept);
+      if constexpr (!P::kPlain) {
+        next = zone(call.zone_h.of(at / V, unit), next, load(h));
+        if (C::kCell) cell = zone(call.zone_c.of(at / V, unit), cell, load(c));
+      }
+      store(h, next);
+      if (C::kCell) store(c, kept[K - 1] = cell);
       for (int k = 0; call.keep && k < K && unit < p.hidden; ++k)
         store_first(call.keep + (call.row[at / V] * K + k) * p.hidden + unit, kept[k], p.hidden - unit);
     }
   }
 }
 
-template <class A>
-GateLoop<A> gate_loop_of(RnnCell cell) {
+template <template <class> class Gates, class A>
+GateLoop<A> gate_loop_with(RnnCell cell) {
   switch (cell) {
-    case RnnCell::lstm: return &gate_loop<Lstm, A>;
-    case RnnCell::coupled: return &gate_loop<CoupledLstm, A>;
-    case RnnCell::gru: return &gate_loop<Gru, A>;
-    case RnnCell::tanh: return &gate_loop<ElmanTanh, A>;
-    default: return &gate_loop<ElmanRelu, A>;
+    case RnnCell::lstm: return &gate_loop<Lstm, Gates, A>;
+    case RnnCell::coupled: return &gate_loop<CoupledLstm, Gates, A>;
+    case RnnCell::gru: return &gate_loop<Gru, Gates, A>;
+    case RnnCell::tanh: return &gate_loop<ElmanTanh, Gates, A>;
+    default: return &gate_loop<ElmanRelu, Gates, A>;
   }
+}
+template <class A>
+GateLoop<A> gate_loop_of(const Rnn& p) {
+  const bool varies = p.hard_sigmoid || p.hard_tanh || p.peepholes || p.zoneout.p > 0 || p.cell_zoneout.p > 0;
+  return varies ? gate_loop_with<Variant, A>(p.cell) : gate_loop_with<Plain, A>(p.cell);
 }
 
 // ---- a layer ------------------------------------------------------------------------------------------------------
@@ -382,7 +395,7 @@ void rnn_forward_in(const RnnForward& p) {
 
   const char* packed = static_cast<const char*>(p.packed_weights) + kRnnHeaderBytes;
   const int64_t gates = gates_of(p.cell);
-  LayerForward<E, T> y{p,  0,       nullptr, nullptr, false,  {},     gate_loop_of<A>(p.cell), {}, {}, {},
+  LayerForward<E, T> y{p,  0,       nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {},
                        {}, p.steps, 1,       ring,    m_ring, nullptr};
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
   // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
