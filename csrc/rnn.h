@@ -52,7 +52,7 @@ struct RnnPack : Rnn {
 };
 
 struct RnnForward : Rnn {
-  RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0)
+  RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0); may be nullptr
   const void* packed_weights;
   void *hn, *cn;  // like h0, c0; cn of the LSTM alone
   void* saved;    // accumulate type, layout below, or nullptr

@@ -46,7 +46,7 @@ def test_names_and_schemas() -> None:
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
-    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
+    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_inference", "rnn_cell", "rnn_backward"}
     assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
     assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS | ops.RNN_OPS
     for name, op in ops.OPS.items():
@@ -60,7 +60,7 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            assert results[0] == ("packed" if name == "rnn_pack" else "output")
+            assert results[0] == {"rnn_pack": "packed", "rnn_cell": "hn"}.get(name, "output")
 
 
 def test_samples_reach_every_op_and_dtype() -> None:

@@ -187,10 +187,15 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
         given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, key)
         yield ops.rnn, (*given, False), {}
         yield ops.rnn, (*given, True), {}
+        yield ops.rnn_inference, given[:-2], {}
         output, hn, cn, saved = ops.rnn(*given, True)
         grads = (draw(*output.shape, dtype=dtype), None, draw(*cn.shape, dtype=dtype) if mode == "LSTM" else None)
         kept = (x, lengths, *states, weights, saved, mode, two, bias, p, key)
         yield ops.rnn_backward, (*grads, *kept, True, states[0] is not None, states[1] is not None, True), {}
+        if not proj:
+            packed = ops.rnn_pack(weights[: 2 + 2 * bias], mode, False, bias)
+            first = (None if state is None else state[0] for state in states)
+            yield ops.rnn_cell, (draw(batch, width, dtype=dtype), *first, packed, mode, hidden), {}
         yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, *kept, False, False, False, True), {}
 
 

@@ -31,13 +31,26 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import (
+    GATES,
+    RNN_OPS,
+    SAVED,
+    RnnArguments,
+    RnnCellArguments,
+    packed_bytes,
+    rnn,
+    rnn_backward,
+    rnn_cell,
+    rnn_inference,
+    rnn_pack,
+)
 
 OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    ({"rnn_cell"}, RnnCellArguments),
     (RNN_OPS, RnnArguments),
 )
 
@@ -69,6 +82,8 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
 ]
 
