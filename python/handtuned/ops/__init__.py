@@ -32,13 +32,24 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import (
+    RNN_OPS,
+    RnnArguments,
+    RnnCellArguments,
+    packed_bytes,
+    rnn,
+    rnn_backward,
+    rnn_cell,
+    rnn_inference,
+    rnn_pack,
+)
 
 OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    ({"rnn_cell"}, RnnCellArguments),
     (RNN_OPS, RnnArguments),
 )
 
@@ -71,6 +82,8 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
 ]
 

@@ -16,7 +16,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import recur, rnn, rnn_backward, rnn_pack
+from .rnn import recur, rnn, rnn_backward, rnn_cell, rnn_inference, rnn_pack
 
 __all__ = [
     "add_layer_norm",
@@ -39,5 +39,7 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
 ]
