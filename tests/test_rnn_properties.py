@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -25,6 +26,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import handtuned
 from handtuned import nn
+from handtuned.nn import rnn_straight
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 
@@ -346,7 +348,7 @@ def test_modules_are_torchs(isa: str, kind: str, options: dict[str, Any]) -> Non
     torch.testing.assert_close(call(theirs, x), expected)
 
 
-def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
+def changes() -> Iterator[tuple[str, Callable[[nn.LSTM], object]]]:
     """Ways to change the weights that must be noticed."""
 
     def in_place(m: torch.nn.LSTM) -> None:
@@ -366,9 +368,9 @@ def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
         m(torch.randn(3, 2, 4))[0].sum().backward()
         torch.optim.SGD(m.parameters(), lr=1.0).step()
 
-    def told(m: torch.nn.LSTM) -> None:
+    def told(m: nn.LSTM) -> None:
         m.weight_hh_l0.data.mul_(2)
-        m.flatten_parameters()
+        m.drop_packed()
 
     def after_a_backward(m: torch.nn.LSTM) -> None:
         m(torch.randn(3, 2, 4))[0].sum().backward()
@@ -378,14 +380,59 @@ def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
 
 
 @pytest.mark.parametrize("change", [c for _, c in changes()], ids=[n for n, _ in changes()])
-def test_changed_weights_are_noticed(change: Callable[[torch.nn.LSTM], object]) -> None:
+def test_changed_weights_are_noticed(change: Callable[[nn.LSTM], object]) -> None:
     module, x = nn.LSTM(4, 6), torch.randn(3, 2, 4)
     with torch.no_grad():
         module(x)
     change(module)
     fresh = torch.nn.LSTM(4, 6)
     fresh.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=1e-5, atol=1e-6)
+
+
+STRAIGHT: list[tuple[str, dict[str, Any]]] = [*KINDS, ("LSTM", {"batch_first": True, "num_layers": 2})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), STRAIGHT, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_the_straight_way_is_the_general_one(isa: str, kind: str, options: dict[str, Any]) -> None:
+    """The same bits, with states and without; what is unusual goes the general way and is told of there."""
+    module = getattr(nn, kind)(4, 6, **options)
+    cell = kind.endswith("Cell")
+    x = torch.randn(3, 4) if cell else torch.randn(1, 3, 4)
+    straight = functools.partial(
+        rnn_straight.run_cell_straight if cell else rnn_straight.run_straight,
+        *((module, {"LSTMCell": "LSTM", "GRUCell": "GRU", "RNNCell": "RNN_TANH"}[kind]) if cell else (module,)),
+    )
+    assert straight(x, None) is None  # nothing is packed yet
+    with torch.no_grad():
+        state = module(x) if cell else module(x)[1]
+    for hx in (None, state):
+        expected = module(x, hx)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = straight(x, hx)
+                assert found is not None
+                assert_same_bits(dict(enumerate(tensors_in(found))), dict(enumerate(tensors_in(expected))))
+    with torch.no_grad():
+        for unusual in (x.double(), x[..., :3], x[0]):
+            assert straight(unusual, None) is None
+        with torch.autocast("cpu", torch.bfloat16), handtuned.backend("reference"):
+            assert straight(x, None) is None
+        with handtuned.backend("reference"):
+            assert straight(x, None) is None
+        functional = torch.func.functional_call(module, {n: p * 2 for n, p in module.named_parameters()}, (x,))
+        assert not tensors_in(functional)[0].equal(tensors_in(expected)[0])
+        with pytest.raises(RuntimeError, match=f"handtuned.{kind}: input"):
+            module(x[..., :3])
+    assert straight(x, None) is None  # a gradient is wanted
+
+
+def tensors_in(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for part in results for t in tensors_in(part)]
 
 
 def test_weights_are_packed_once() -> None:
@@ -394,7 +441,7 @@ def test_weights_are_packed_once() -> None:
         _, state = module(x)
         calls = handtuned.explain(module, x, state).calls
         again = handtuned.explain(module, x, state).calls
-    assert [c.op for c in calls] == [c.op for c in again] == ["rnn"]
+    assert [c.op for c in calls] == [c.op for c in again] == ["rnn_inference"]
     module.to(torch.bfloat16)
     assert [c.op for c in handtuned.explain(module, x.bfloat16()).calls] == ["rnn_pack", "rnn"]
 
@@ -460,6 +507,6 @@ def test_exported_as_one_node(kind: str) -> None:
     with torch.no_grad():
         program = torch.export.export(module, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch, 1: steps},))
         names = [str(node.target) for node in program.graph.nodes if "handtuned" in str(node.target)]
-        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn.default"]
+        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn_inference.default"]
         x = torch.randn(5, 9, 3)
         torch.testing.assert_close(program.module()(x), module(x))
