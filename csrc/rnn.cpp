@@ -301,6 +301,20 @@ std::tuple<Tensor, Tensor> final_states(RnnForward& p, Shape h, Shape c, ScalarT
   return {std::move(hn), std::move(cn)};
 }
 
+// Rows of saved that lengths leave over are 0, so that equal calls give equal results.
+void clear_rest_of_saved(const RnnForward& p) {
+  const int64_t used = p.first ? p.first[p.steps] : p.rows, rest = p.rows - used;
+  char* at = static_cast<char*>(p.saved);
+  auto next = [&](int64_t width) {
+    std::memset(at + used * width * rnn_wide_bytes(p), 0, rest * width * rnn_wide_bytes(p));
+    at += p.rows * width * rnn_wide_bytes(p);
+  };
+  for (int64_t l = 0; l < p.layers && at && rest; ++l) {
+    next(p.directions * p.state);
+    for (int64_t d = 0; d < p.directions; ++d) next(rnn_kept(p) * p.hidden);
+  }
+}
+
 // The scratch of a small step lies on the stack.
 void run(RnnForward& p) {
   if (p.batch == 0) return;
@@ -335,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, cons
   p.output = operand(output, unused);
   if (need_cells) p.cells = operand(cell_states, unused);
   p.saved = saved_numbers ? saved.data_ptr() : nullptr;
+  clear_rest_of_saved(p);
   run(p);
   return {std::move(output), std::move(hn), std::move(cn), std::move(cell_states), std::move(saved)};
 }

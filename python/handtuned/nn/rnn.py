@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as _transforms_active
-from torch._C import _is_any_autocast_enabled as _any_autocast
-from torch.autograd import forward_ad
 
-from .. import backends, ops
 from ..ops import CELLS, Cell
 from .functional.recurrent import Input, Result, run, run_cell
 from .functional.rnn import pack_rnn_weights
 from .functional.variants import OPTIONS, PLAIN, Variant, variant_of
-from .packing import KeepsPacked, kept, still_kept
+from .packing import KeepsPacked, kept
+from .rnn_straight import STACK, run_cell_straight, run_straight
 from .twins import twin
 
 
@@ -80,67 +77,13 @@ def _packed(module: _Recurrent, weights: list[Tensor], bias: bool, bidirectional
     if variant.weight_dropout > 0 and module.training:  # other weights in each call
         return None, None
     pack = lambda *ws: pack_rnn_weights(variant.mode(mode), ws, bias, bidirectional)  # noqa: E731
-    packed = kept(module, "all", weights, pack, in_training=True)
+    packed = kept(module, STACK, weights, pack, in_training=True)
     return packed, None if packed is None else module.drop_packed
 
 
-# ---- the straight way ----------------------------------------------------------------------------------------------
-# Of a streaming step, what lies between the caller and the kernel takes longer than the kernel. A plain call (no
-# gradient, no switch, nothing traced, nothing at random) of packed weights that are still those of the module is one op;
-# whatever is not as expected goes the general way, which also says what is wrong.
-
-_rnn_inference, _rnn_cell = ops.rnn_inference._op, ops.rnn_cell._op  # the ops without OpOverload's frame in Python
-
-
-def _still_packed(module: _Recurrent, input: Any) -> Tensor | None:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) is not Tensor or not backends.plain:
-        return None
-    if _any_autocast() or _transforms_active() or forward_ad._current_level >= 0 or not input.is_cpu:
-        return None
-    return still_kept(module, "all") if module.variant is PLAIN else None
-
-
-def _states(mode: str, hx: Any) -> tuple[Any, Any] | None:
-    """(h, c) of what may be passed on."""
-    if mode != "LSTM":
-        return hx, None
-    if hx is None:
-        return None, None
-    return hx if type(hx) is tuple and len(hx) == 2 else None
-
-
-def _run_straight(module: Any, input: Any, hx: Any) -> Result | None:
-    packed = _still_packed(module, input)
-    if packed is None or input.ndim != 3 or input.shape[2] != module.input_size or (module.dropout and module.training):
-        return None
-    mode, states = module.mode, _states(module.mode, hx)
-    if states is None:
-        return None
-    sizes = (module.hidden_size, module.proj_size, module.num_layers, module.bidirectional)
-    x = input.transpose(0, 1) if module.batch_first else input
-    output, hn, cn = _rnn_inference(x, None, *states, packed, mode, *sizes)
-    if module.batch_first:
-        output = output.transpose(0, 1)
-    return output, ((hn, cn) if mode == "LSTM" else hn)
-
-
-def _run_cell_straight(module: Any, input: Any, hx: Any) -> Any:
-    packed, mode = _still_packed(module, input), module._mode()
-    states = _states(mode, hx)
-    if packed is None or states is None or input.ndim != 2 or input.shape[1] != module.input_size:
-        return None
-    found = _rnn_cell(input, *states, packed, mode, module.hidden_size)
-    return found if mode == "LSTM" else found[0]
-
-
-# ---- the general way -------------------------------------------------------------------------------------------------
-
-
 def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
-    if lengths is None:
-        found = _run_straight(module, input, hx)
-        if found is not None:
-            return found
+    if lengths is None and (found := run_straight(module, input, hx)) is not None:
+        return found
     module._update_flat_weights()
     weights = module._flat_weights
     packed, spent = _packed(module, weights, module.bias, module.bidirectional)
@@ -151,8 +94,7 @@ def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
 
 
 def _run_cell(module: Any, input: Tensor, hx: Any) -> Any:
-    found = _run_cell_straight(module, input, hx)
-    if found is not None:
+    if (found := run_cell_straight(module, module._mode(), input, hx)) is not None:
         return found
     weights = [module.weight_ih, module.weight_hh]
     if module.bias_ih is not None:
