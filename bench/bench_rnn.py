@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from handtuned.nn.functional import PackedWeights
+from handtuned.nn.functional import pack_rnn_weights
 
 from . import gate
 from .peers import RNN_PEERS, Case, OnnxNode, Tensors
@@ -131,14 +132,15 @@ def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
     )
 
 
-def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
+def _sides(case: rc.Case, t: rc.Tensors, backward: bool) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
     """(torch's, ours) of input and weights; what does not depend on them is made before anything is timed."""
     hx = None if t.h0 is None else (t.h0, t.c0) if case.mode == "LSTM" else t.h0
-    packs, ours = PackedWeights(), rc.function(case.mode)
+    options = {} if backward else {"packed": pack_rnn_weights(case.mode, t.weights)}
+    ours = functools.partial(rc.function(case.mode), **options)
     if not case.lengths:
         return (
             lambda x, *weights: rc.run_torch(case, dataclasses.replace(t, input=x, weights=weights))[:1],
-            lambda x, *weights: (ours(x, hx, weights, packs=packs)[0],),
+            lambda x, *weights: (ours(x, hx, weights)[0],),
         )
     sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
     operator = getattr(torch._VF, case.mode.lower())
@@ -150,7 +152,7 @@ def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callab
 
     return (
         lambda x, *weights: operator(x, sequence.batch_sizes, state, list(weights), True, 1, 0.0, False, False)[:1],
-        lambda x, *weights: (ours(packed(x), None, weights, packs=packs)[0].data,),
+        lambda x, *weights: (ours(packed(x), None, weights)[0].data,),
     )
 
 
@@ -158,7 +160,7 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
     """What is timed, and what its results must be."""
     case = op.case
     t = rc.tensors(case, gate.DRAW)
-    eager, ours = _sides(case, t)
+    eager, ours = _sides(case, t, op.backward)
     x, grad = t.input, t.grad_output
     if case.lengths:
         sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
@@ -190,7 +192,7 @@ def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
         },
         weights=tuple(w.double() for w in t.weights),
     )
-    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled)
+    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled, True)
     wide_inputs = tuple(i.detach().double().requires_grad_(i.requires_grad) for i in made.inputs)
     grads = None if made.grad_outputs is None else tuple(g.double() for g in made.grad_outputs)
     wide = dataclasses.replace(made, eager=wide_eager, inputs=wide_inputs, grad_outputs=grads, dtype=torch.float64)

@@ -346,7 +346,7 @@ def test_modules_are_torchs(isa: str, kind: str, options: dict[str, Any]) -> Non
     torch.testing.assert_close(call(theirs, x), expected)
 
 
-def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
+def changes() -> Iterator[tuple[str, Callable[[nn.LSTM], object]]]:
     """Ways to change the weights that must be noticed."""
 
     def in_place(m: torch.nn.LSTM) -> None:
@@ -366,9 +366,9 @@ def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
         m(torch.randn(3, 2, 4))[0].sum().backward()
         torch.optim.SGD(m.parameters(), lr=1.0).step()
 
-    def told(m: torch.nn.LSTM) -> None:
+    def told(m: nn.LSTM) -> None:
         m.weight_hh_l0.data.mul_(2)
-        m.flatten_parameters()
+        m.drop_packed()
 
     def after_a_backward(m: torch.nn.LSTM) -> None:
         m(torch.randn(3, 2, 4))[0].sum().backward()
@@ -378,7 +378,7 @@ def changes() -> Iterator[tuple[str, Callable[[torch.nn.LSTM], object]]]:
 
 
 @pytest.mark.parametrize("change", [c for _, c in changes()], ids=[n for n, _ in changes()])
-def test_changed_weights_are_noticed(change: Callable[[torch.nn.LSTM], object]) -> None:
+def test_changed_weights_are_noticed(change: Callable[[nn.LSTM], object]) -> None:
     module, x = nn.LSTM(4, 6), torch.randn(3, 2, 4)
     with torch.no_grad():
         module(x)

@@ -1,55 +1,52 @@
 """Recurrent modules: torch.nn's LSTM, GRU, RNN and their cells with another forward.
 
 They add no parameter, buffer or attribute to torch's, so state_dict, pickle, deepcopy and class swapping work both
-ways. What kernels read instead of the weights (the same numbers in another order) is kept outside the module until a
-weight changes; a change that no version counter sees (through .data) is told by flatten_parameters().
+ways. What kernels read instead of the weights (the same numbers in another order) is kept beside the module:
+packing.py.
 """
 
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from .functional.rnn import Input, PackedWeights, Result, run, run_cell
+from .functional.rnn import Input, Result, pack_rnn_weights, run, run_cell
+from .packing import KeepsPacked, kept
 from .twins import twin
 
-_packs: WeakKeyDictionary[torch.nn.Module, PackedWeights] = WeakKeyDictionary()
+
+def _packed(module: KeepsPacked, mode: str, weights: list[Tensor], bias: bool, bidirectional: bool) -> Any:
+    """What run and run_cell take at last: the weights packed, and what a backward calls.
+
+    They are kept in training too, until the backward: a cell is called many times before it.
+    """
+    pack = lambda *ws: pack_rnn_weights(mode, ws, bias, bidirectional)  # noqa: E731
+    packed = kept(module, "all", weights, pack, in_training=True)
+    return packed, None if packed is None else module.drop_packed
 
 
-def _packs_of(module: torch.nn.Module) -> PackedWeights:
-    found = _packs.get(module)
-    if found is None:
-        found = _packs[module] = PackedWeights()
-    return found
-
-
-def _run(module: torch.nn.RNNBase, input: Input, hx: Any, lengths: Any) -> Result:
+def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
     module._update_flat_weights()
-    packs = None if torch.compiler.is_compiling() else _packs_of(module)
+    weights = module._flat_weights
     return run(
-        *(type(module).__name__, module.mode, input, hx, module._flat_weights, module.bias, module.num_layers),  # type: ignore[arg-type]
-        *(module.dropout, module.training, module.bidirectional, module.batch_first, lengths, packs),
+        *(type(module).__name__, module.mode, input, hx, weights, module.bias, module.num_layers, module.dropout),
+        *(module.training, module.bidirectional, module.batch_first, lengths),
+        *_packed(module, module.mode, weights, module.bias, module.bidirectional),
     )
 
 
-def _run_cell(module: torch.nn.RNNCellBase, mode: str, input: Tensor, hx: Any) -> Any:
+def _run_cell(module: Any, mode: str, input: Tensor, hx: Any) -> Any:
     weights = [module.weight_ih, module.weight_hh]
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
-    packs = None if torch.compiler.is_compiling() else _packs_of(module)
-    return run_cell(type(module).__name__, mode, input, hx, weights, packs)
-
-
-def _forget(module: torch.nn.Module) -> None:
-    if module in _packs:
-        _packs[module].forget()
+    packed = _packed(module, mode, weights, len(weights) == 4, False)
+    return run_cell(type(module).__name__, mode, input, hx, weights, *packed)
 
 
 @twin
-class LSTM(torch.nn.LSTM):
+class LSTM(KeepsPacked, torch.nn.LSTM):
     """torch.nn.LSTM: same constructor, same initial weights, same state_dict; lengths= beside PackedSequence."""
 
     def forward(
@@ -58,42 +55,27 @@ class LSTM(torch.nn.LSTM):
         """(output, (hn, cn)) as torch.nn.LSTM's; lengths as functional.lstm's."""
         return _run(self, input, hx, lengths)
 
-    def flatten_parameters(self) -> None:
-        """torch's, and the weights' copy for the kernels is forgotten: the next call makes it anew."""
-        super().flatten_parameters()
-        _forget(self)
-
 
 @twin
-class GRU(torch.nn.GRU):
+class GRU(KeepsPacked, torch.nn.GRU):
     """torch.nn.GRU: same constructor, same initial weights, same state_dict; lengths= beside PackedSequence."""
 
     def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> Result:
         """(output, hn) as torch.nn.GRU's; lengths as functional.gru's."""
         return _run(self, input, hx, lengths)
 
-    def flatten_parameters(self) -> None:
-        """torch's, and the weights' copy for the kernels is forgotten: the next call makes it anew."""
-        super().flatten_parameters()
-        _forget(self)
-
 
 @twin
-class RNN(torch.nn.RNN):
+class RNN(KeepsPacked, torch.nn.RNN):
     """torch.nn.RNN: same constructor, same initial weights, same state_dict; lengths= beside PackedSequence."""
 
     def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> Result:
         """(output, hn) as torch.nn.RNN's; lengths as functional.rnn's."""
         return _run(self, input, hx, lengths)
 
-    def flatten_parameters(self) -> None:
-        """torch's, and the weights' copy for the kernels is forgotten: the next call makes it anew."""
-        super().flatten_parameters()
-        _forget(self)
-
 
 @twin
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(KeepsPacked, torch.nn.LSTMCell):
     """torch.nn.LSTMCell: same constructor, same initial weights, same state_dict. Input (B, I) or (I,)."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -102,7 +84,7 @@ class LSTMCell(torch.nn.LSTMCell):
 
 
 @twin
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(KeepsPacked, torch.nn.GRUCell):
     """torch.nn.GRUCell: same constructor, same initial weights, same state_dict. Input (B, I) or (I,)."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -111,7 +93,7 @@ class GRUCell(torch.nn.GRUCell):
 
 
 @twin
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(KeepsPacked, torch.nn.RNNCell):
     """torch.nn.RNNCell: same constructor, same initial weights, same state_dict. Input (B, I) or (I,)."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

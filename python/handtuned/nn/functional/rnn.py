@@ -7,14 +7,14 @@ once.
 With lengths, or packed rows, a row's output past its length is 0, its final state is that of its last step, and the
 reverse direction starts there; what stands in the padding reaches nothing. Weights come as in torch, of each layer and
 direction w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if the state is projected. Kernels read them in a layout of
-their own, made once a call, or once until the weights change with a PackedWeights.
+their own, made in each call unless it is passed in: pack_rnn_weights.
 
 Errors: RuntimeError naming the argument, its value, the limit and the remedy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,50 +23,13 @@ from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
-from ... import _C, ops, reference
+from ... import ops, reference
 from ...autograd import backward_op, kernels_for, wants_grad
 from .norm import _draw_seed, _dropout, _or_none
 
 Input = Tensor | PackedSequence
+Spent = Callable[[], None]
 Result = Any  # (output, final states) with output as input is: a tensor or a PackedSequence
-
-
-class PackedWeights:
-    """The weights of one stack as the kernels read them, kept until a weight changes.
-
-    A change is a new tensor, or a new version of the same (in-place operations count versions). Writing through .data
-    or a numpy view does neither: call forget(). Packed every time are weights of inference mode, which have no
-    versions, those that torch.compile traces, and float64, which is for checks that write through .data (gradcheck).
-    """
-
-    __slots__ = ("_held", "_key", "_packed")
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """The next call packs anew."""
-        self._key: Any = None
-        self._packed: Tensor | None = None
-        self._held: list[Tensor] = []
-
-    def of(self, kernels: Any, weights: list[Tensor], mode: str, bidirectional: bool, bias: bool) -> Tensor:
-        if torch.compiler.is_compiling() or not all([_has_version(w) for w in weights]):
-            packed: Tensor = kernels.rnn_pack(weights, mode, bidirectional, bias)
-            return packed
-        namespace = kernels if kernels is ops else kernels.kernels
-        key = (_C.isa(), namespace, [(w.data_ptr(), w._version, w.dtype, w.shape) for w in weights])
-        if self._packed is None or key != self._key:
-            self._packed = kernels.rnn_pack(weights, mode, bidirectional, bias)
-            self._held = [w.detach() for w in weights]  # while these live, no other tensor has their address
-            self._key = key
-        return self._packed
-
-
-def _has_version(weight: Tensor) -> bool:
-    """Whether an equal version says that nothing was written."""
-    plain = type(weight) is torch.nn.Parameter or type(weight) is Tensor
-    return plain and weight.dtype != torch.float64 and not weight.is_inference()
 
 
 class _Rnn(Function):
@@ -74,7 +37,7 @@ class _Rnn(Function):
     def forward(
         ctx: Any,
         kernels: Any,
-        packs: PackedWeights,
+        spent: Spent | None,
         input: Tensor,
         lengths: Tensor | None,
         h0: Tensor | None,
@@ -87,7 +50,7 @@ class _Rnn(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         output, hn, cn, saved = kernels.rnn(input, lengths, h0, c0, packed, *sizes, seed, True)
         mode, _, _, _, bidirectional, dropout_p = sizes
-        ctx.kernels, ctx.packs, ctx.options = kernels, packs, (mode, bidirectional, bias, dropout_p)
+        ctx.kernels, ctx.spent, ctx.options = kernels, spent, (mode, bidirectional, bias, dropout_p)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, lengths, h0, c0, seed, saved, *weights)
         if mode != "LSTM":
@@ -100,8 +63,8 @@ class _Rnn(Function):
     ) -> tuple[Tensor | None, ...]:
         input, lengths, h0, c0, seed, saved, *weights = ctx.saved_tensors
         _, _, need_input, _, need_h0, need_c0, _, _, _, _, *need_each = ctx.needs_input_grad
-        if not torch.compiler.is_compiling():
-            ctx.packs.forget()  # an optimizer that writes through .data may come next
+        if ctx.spent is not None:
+            ctx.spent()
         grad_input, grad_h0, grad_c0, flat = backward_op(
             "rnn_backward",
             ctx.kernels,
@@ -121,7 +84,8 @@ class _Rnn(Function):
 
 
 def _recur(
-    packs: PackedWeights | None,
+    packed: Tensor | None,
+    spent: Spent | None,
     input: Tensor,
     lengths: Tensor | None,
     h0: Tensor | None,
@@ -142,16 +106,15 @@ def _recur(
         kernels.note("rnn_pack", (weights, mode, bidirectional, bias))
         kernels.note("rnn", (input, lengths, h0, c0, None, *sizes, seed, False))
         return reference.recur(input, lengths, h0, c0, weights, mode, bidirectional, bias, dropout_p, seed)
-    packs = PackedWeights() if packs is None else packs
+    if packed is None:
+        packed = kernels.rnn_pack(weights, mode, bidirectional, bias)
     if torch.is_grad_enabled() and wants_grad(kernels, input, h0, c0, *weights):
         if torch.compiler.is_compiling() and c0 is not None:  # dynamo takes no tensor twice
             c0 = c0.view_as(c0)
-        packed = packs.of(kernels, weights, mode, bidirectional, bias)
         found: tuple[Tensor, Tensor, Tensor] = _Rnn.apply(  # type: ignore[no-untyped-call]
-            kernels, packs, input, lengths, h0, c0, seed, packed, sizes, bias, *weights
+            kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, *weights
         )
         return found
-    packed = packs.of(kernels, weights, mode, bidirectional, bias)
     output, hn, cn, _ = kernels.rnn(input, lengths, h0, c0, packed, *sizes, seed, False)
     return output, hn, cn
 
@@ -237,15 +200,17 @@ def run(
     bidirectional: bool,
     batch_first: bool,
     lengths: Any,
-    packs: PackedWeights | None,
+    packed: Tensor | None,
+    spent: Spent | None = None,
 ) -> Result:
-    """Any of the functions below, and the modules'."""
+    """Any of the functions below, and the modules'. spent: what a backward calls, after which weights may change."""
     sequence = input if isinstance(input, PackedSequence) else None
     x: Tensor = input if sequence is None else sequence.data  # type: ignore[assignment]
     h0, c0 = _states(op, mode, hx)
     ws = list(weights)
     if _any_autocast():
         x, h0, c0, *ws = _autocast([x, h0, c0, *ws])  # type: ignore[assignment]
+        packed = packed if ws[0].dtype == weights[0].dtype else None
     projected = len(ws) > 1 and ws[1].shape[1] * ops.GATES[mode] != ws[1].shape[0]
     _check(op, mode, x, ws, num_layers, (2 + 2 * bias + projected) * (1 + bidirectional))
     p = _dropout(op, dropout, training) if num_layers > 1 else 0.0
@@ -254,7 +219,7 @@ def run(
         _require(op, lengths is None, "lengths is given beside a PackedSequence, which has its own; leave them out")
         rows = _sorted_lengths(sequence.batch_sizes, x.device)
         h0, c0 = (_permuted(t, sequence.sorted_indices) for t in (h0, c0))
-        output, hn, cn = _recur(packs, x, rows, h0, c0, *options)
+        output, hn, cn = _recur(packed, spent, x, rows, h0, c0, *options)
         new = PackedSequence(output, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
         h, c = (_permuted(t, sequence.unsorted_indices) for t in (hn, cn if mode == "LSTM" else None))
         return new, (h if c is None else (h, c))
@@ -270,7 +235,7 @@ def run(
         x, h0, c0 = (None if t is None else t.unsqueeze(1) for t in (x, h0, c0))  # type: ignore[assignment]
     elif batch_first:
         x = x.transpose(0, 1)
-    output, hn, cn = _recur(packs, x, steps, h0, c0, *options)
+    output, hn, cn = _recur(packed, spent, x, steps, h0, c0, *options)
     if not batched:
         output, hn = output.squeeze(1), hn.squeeze(1)
         cn = cn.squeeze(1) if mode == "LSTM" else cn
@@ -279,12 +244,21 @@ def run(
     return output, ((hn, cn) if mode == "LSTM" else hn)
 
 
-def run_cell(op: str, mode: str, input: Tensor, hx: Any, weights: Sequence[Tensor], packs: PackedWeights | None) -> Any:
+def run_cell(
+    op: str,
+    mode: str,
+    input: Tensor,
+    hx: Any,
+    weights: Sequence[Tensor],
+    packed: Tensor | None,
+    spent: Spent | None = None,
+) -> Any:
     """One step of one layer: the same op over a sequence of one."""
     h0, c0 = _states(op, mode, hx)
     ws = list(weights)
     if _any_autocast():
         input, h0, c0, *ws = _autocast([input, h0, c0, *ws])  # type: ignore[assignment]
+        packed = packed if ws[0].dtype == weights[0].dtype else None
     dims = input.dim()
     _require(op, dims in (1, 2), f"input has {dims} dims, expected 2, or 1 without a batch; reshape it")
     _check(op, mode, input, ws, 1, len(ws))
@@ -296,12 +270,29 @@ def run_cell(op: str, mode: str, input: Tensor, hx: Any, weights: Sequence[Tenso
     lift = (None, None) if dims == 1 else (None,)
     x, h0, c0 = (None if t is None else t[lift] for t in (input, h0, c0))
     assert x is not None
-    _, hn, cn = _recur(packs, x, None, h0, c0, ws, mode, 1, False, len(ws) == 4, 0.0)
+    _, hn, cn = _recur(packed, spent, x, None, h0, c0, ws, mode, 1, False, len(ws) == 4, 0.0)
     drop = (0, 0) if dims == 1 else (0,)
     return (hn[drop], cn[drop]) if mode == "LSTM" else hn[drop]
 
 
 # ---- the functions --------------------------------------------------------------------------------------------------
+
+
+def pack_rnn_weights(mode: str, weights: Sequence[Tensor], bias: bool = True, bidirectional: bool = False) -> Tensor:
+    """Weights in the order in which the kernels read them, for the argument `packed` of the functions below.
+
+    Args:
+        mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
+        weights: torch's flat weights, as the functions take them; one layer's for a cell.
+        bias, bidirectional: what the weights are of.
+
+    Returns:
+        Bytes (uint8), about as many as the weights', for the instruction set in use. A copy: it does not follow later
+        changes of the weights, and carries no gradient.
+    """
+    with torch.no_grad():
+        packed: Tensor = kernels_for("rnn_pack", weights[0]).rnn_pack(list(weights), mode, bidirectional, bias)
+    return packed
 
 
 def lstm(
@@ -316,7 +307,7 @@ def lstm(
     batch_first: bool = False,
     *,
     lengths: Tensor | Sequence[int] | None = None,
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> Result:
     """torch.nn.LSTM as a function: layers of i, f, o = sigmoid, g = tanh; c' = f c + i g; h' = o tanh(c').
 
@@ -330,7 +321,8 @@ def lstm(
         dropout: probability of dropping an element of the inputs of layers above the first while training, in [0, 1],
             in steps of 2^-16. The mask comes from Philox4x32-10 keyed by a seed drawn from torch's generator.
         lengths: (B,) integers from 0 to T in any order: the steps of each row.
-        packs: keeps the weights as kernels read them between calls.
+        packed: what pack_rnn_weights made of these very weights, for weights that are used more than once; without it
+            they are packed in each call. Ignored where autocast takes the weights in another dtype.
 
     Returns:
         output (T, B, directions * R), batch first, unbatched or packed as input is, and (hn, cn) like hx.
@@ -338,7 +330,7 @@ def lstm(
     return run(
         "lstm",
         "LSTM",
-        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packs),
+        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packed),
     )
 
 
@@ -354,7 +346,7 @@ def gru(
     batch_first: bool = False,
     *,
     lengths: Tensor | Sequence[int] | None = None,
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> Result:
     """torch.nn.GRU as a function: h' = (1 - z) n + z h with n = tanh(W_in x + b_in + r (W_hn h + b_hn)).
 
@@ -363,7 +355,7 @@ def gru(
     return run(
         "gru",
         "GRU",
-        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packs),
+        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packed),
     )
 
 
@@ -380,7 +372,7 @@ def rnn(
     *,
     nonlinearity: str = "tanh",
     lengths: Tensor | Sequence[int] | None = None,
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> Result:
     """torch.nn.RNN as a function: h' = tanh or relu of W_ih x + b_ih + W_hh h + b_hh.
 
@@ -389,7 +381,7 @@ def rnn(
     return run(
         "rnn",
         _mode("rnn", nonlinearity),
-        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packs),
+        *(input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first, lengths, packed),
     )
 
 
@@ -411,10 +403,10 @@ def lstm_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: (h, c) from input (B, I) and hx ((B, H), (B, H)), or without B; None for zeros."""
-    found: tuple[Tensor, Tensor] = run_cell("lstm_cell", "LSTM", input, hx, _given(w_ih, w_hh, b_ih, b_hh), packs)
+    found: tuple[Tensor, Tensor] = run_cell("lstm_cell", "LSTM", input, hx, _given(w_ih, w_hh, b_ih, b_hh), packed)
     return found
 
 
@@ -426,10 +418,10 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """One step of a GRU: h from input (B, I) and hx (B, H), or without B; None for zeros."""
-    found: Tensor = run_cell("gru_cell", "GRU", input, hx, _given(w_ih, w_hh, b_ih, b_hh), packs)
+    found: Tensor = run_cell("gru_cell", "GRU", input, hx, _given(w_ih, w_hh, b_ih, b_hh), packed)
     return found
 
 
@@ -442,9 +434,9 @@ def rnn_cell(
     b_hh: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
-    packs: PackedWeights | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """One step of an RNN: h from input (B, I) and hx (B, H), or without B; None for zeros."""
     mode = _mode("rnn_cell", nonlinearity)
-    found: Tensor = run_cell("rnn_cell", mode, input, hx, _given(w_ih, w_hh, b_ih, b_hh), packs)
+    found: Tensor = run_cell("rnn_cell", mode, input, hx, _given(w_ih, w_hh, b_ih, b_hh), packed)
     return found
