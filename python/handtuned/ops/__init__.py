@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
+from .cells import CELLS, RATES, Cell
 from .common import Arguments
 from .linear import (
     LINEAR_OPS,
@@ -31,7 +32,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 
 OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
@@ -43,12 +44,13 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
 
 __all__ = [
     "ATTENTION_OPS",
-    "GATES",
+    "CELLS",
     "LINEAR_OPS",
     "NORM_OPS",
     "OPS",
+    "RATES",
     "RNN_OPS",
-    "SAVED",
+    "Cell",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
