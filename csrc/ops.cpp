@@ -81,6 +81,21 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor preactivation,"
       " int activation, float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // Cross-entropy of linear(input, linear_weight, linear_bias), which is never stored. input [*, K], linear_weight
+  // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number, lse
+  // [*] the log-sum-exp of each row's logits (0 where target is ignore_index); both float32 (float64 for float64).
+  // softcap 0: none. z_loss times lse^2 is added to each loss.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss)"
+      " -> (Tensor loss, Tensor lse)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+      " Tensor target, Tensor? weight, Tensor lse, int reduction, int ignore_index, float label_smoothing,"
+      " float softcap, float z_loss, bool need_input, bool need_linear_weight, bool need_linear_bias)"
+      " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+
   // One layer stack of LSTM, GRU or RNN over whole sequences. See rnn.h for the maths and docs/rnn.md for shapes.
   //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them
   //   weights        of each layer and direction, in torch's order: w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if

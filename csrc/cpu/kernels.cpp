@@ -19,6 +19,8 @@ const Kernels table = {
     &linear_pack,
     &linear_forward,
     &linear_backward,
+    &cross_entropy_forward,
+    &cross_entropy_backward,
     &rnn_pack,
     &rnn_forward,
     &rnn_backward,

@@ -35,6 +35,7 @@ def op_samples(device: str = "cpu") -> Iterator[Sample]:
     yield from _attention_samples(device)
     yield from _rnn_samples(device)
     yield from _linear_samples(device)
+    yield from _cross_entropy_samples(device)
 
 
 def _drawer(device: str) -> Callable[..., torch.Tensor]:
@@ -220,3 +221,29 @@ def _linear_samples(device: str) -> Iterator[Sample]:
         yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, True, True, has_bias), {}
         yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, False, True, False), {}
     yield ops.linear_pack, (draw(0, 4, dtype=torch.float32),), {}
+
+
+def _cross_entropy_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    # rows, in, classes, dtype; bias, class weights; reduction; label_smoothing, softcap, z_loss
+    cases = [
+        ((5,), 7, 9, torch.float32, (True, True), 0, (0.1, 0.0, 0.0)),
+        ((2, 3), 8, 70, torch.float32, (False, False), 1, (0.0, 0.0, 0.0)),
+        ((4,), 5, 3, torch.float64, (True, False), 2, (0.0, 2.0, 0.1)),
+        ((3,), 6, 66, torch.bfloat16, (True, True), 1, (0.2, 0.0, 0.0)),
+        ((6,), 9, 5, torch.float16, (False, True), 0, (0.0, 0.0, 0.0)),
+        ((0,), 4, 5, torch.float32, (True, False), 1, (0.0, 0.0, 0.0)),
+        ((), 4, 5, torch.float32, (False, False), 0, (0.0, 0.0, 0.0)),
+    ]
+    for rows, k, classes, dtype, (has_bias, has_weight), reduction, numbers in cases:
+        x, w = draw(*rows, k, dtype=dtype), draw(classes, k, dtype=dtype)
+        bias = draw(classes, dtype=dtype) if has_bias else None
+        weight = draw(classes, dtype=dtype).abs() if has_weight else None
+        target = torch.arange(x.numel() // k, device=device).reshape(rows) % classes
+        given = (x, w, bias, torch.where(target == 1, -1, target), weight)
+        options = (reduction, -1, *numbers)
+        yield ops.linear_cross_entropy, (*given, *options), {}
+        loss, lse = ops.linear_cross_entropy(*given, *options)
+        grad = draw(*loss.shape, dtype=loss.dtype)
+        for needs in ((True, True, has_bias), (False, True, False)):
+            yield ops.linear_cross_entropy_backward, (grad, *given, lse, *options, *needs), {}

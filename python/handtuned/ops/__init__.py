@@ -9,6 +9,12 @@ from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
 from .common import Arguments
+from .cross_entropy import (
+    CROSS_ENTROPY_OPS,
+    CrossEntropyArguments,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+)
 from .linear import (
     LINEAR_OPS,
     LinearArguments,
@@ -33,16 +39,18 @@ from .norm import (
 )
 from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    (CROSS_ENTROPY_OPS, CrossEntropyArguments),
     (RNN_OPS, RnnArguments),
 )
 
 __all__ = [
     "ATTENTION_OPS",
+    "CROSS_ENTROPY_OPS",
     "GATES",
     "LINEAR_OPS",
     "NORM_OPS",
@@ -61,6 +69,8 @@ __all__ = [
     "layer_norm_inference",
     "linear",
     "linear_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "linear_inference",
     "linear_pack",
     "packed_bytes",

@@ -2,6 +2,7 @@
 backward and devices without a kernel. Differentiable, any dtype, any device, no speed claimed."""
 
 from .attention import attention, attention_backward
+from .cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from .linear import linear, linear_backward, linear_inference, linear_pack
 from .norm import (
     add_layer_norm,
@@ -31,6 +32,8 @@ __all__ = [
     "layer_norm_inference",
     "linear",
     "linear_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "linear_inference",
     "linear_pack",
     "recur",
