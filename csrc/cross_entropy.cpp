@@ -135,19 +135,20 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   fill(op, p, h, a);
   const ScalarType wide = wide_type(input);
   Tensor loss = empty(shape_of(p.reduction == Reduction::none ? sizes : Sizes{}), wide);
-  Tensor lse = empty(shape_of(sizes), wide);
-  zero(loss), zero(lse);
+  Tensor stats = empty({2, target.numel()}, wide);
+  zero(loss), zero(stats);
   const Tensor running = empty({4, p.rows}, wide);
   const Tensor partials = empty({3, p.rows > 0 ? linear_panels(p.chunk) : 0, p.rows}, wide);
-  p.loss = loss.data_ptr(), p.lse = lse.data_ptr();
+  p.loss = loss.data_ptr(), p.top = stats.data_ptr();
+  p.sum = static_cast<char*>(p.top) + target.numel() * size_of(wide);
   p.running = running.data_ptr(), p.partials = partials.data_ptr();
   kernels().cross_entropy_forward(p);
-  return {std::move(loss), std::move(lse)};
+  return {std::move(loss), std::move(stats)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& grad_loss, const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
-    const Tensor& target, const OptionalTensor& weight, const Tensor& lse, int64_t reduction, int64_t ignore_index,
+    const Tensor& target, const OptionalTensor& weight, const Tensor& stats, int64_t reduction, int64_t ignore_index,
     double label_smoothing, double softcap, double z_loss, bool need_input, bool need_linear_weight,
     bool need_linear_bias) {
   const char* op = "linear_cross_entropy_backward";
@@ -155,14 +156,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
                     reduction, ignore_index,  label_smoothing, softcap, z_loss};
   const Sizes sizes = check(op, a);
   const ScalarType dtype = input.scalar_type(), wide = wide_type(input);
-  for (auto [name, tensor] : {std::pair{"grad_loss", &grad_loss}, {"lse", &lse}}) {
+  for (auto [name, tensor] : {std::pair{"grad_loss", &grad_loss}, {"stats", &stats}}) {
     HT_CHECK(tensor->is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
     HT_CHECK(tensor->scalar_type() == wide, op, name, " is ", to_string(tensor->scalar_type()), ", expected ",
              to_string(wide), " beside ", to_string(dtype), " input; convert it with .to()");
   }
   const bool none = Reduction(reduction) == Reduction::none;
   check_shape(op, "grad_loss", grad_loss, none ? sizes : Sizes{});
-  check_shape(op, "lse", lse, sizes);
+  check_shape(op, "stats", stats, {2, target.numel()});
 
   CrossEntropyBackward p{};
   Holders h;
@@ -175,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     zero(grad_weight), zero(grad_bias);
     return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
-  OptionalTensor grad_copy, lse_copy;
+  OptionalTensor grad_copy, stats_copy;
   if (!grad_loss.is_contiguous()) grad_copy = contiguous(grad_loss);
-  if (!lse.is_contiguous()) lse_copy = contiguous(lse);
+  if (!stats.is_contiguous()) stats_copy = contiguous(stats);
   const int64_t rows = std::min(p.rows, kEntropyRows);
   const ScalarType of_logits = dtype == ScalarType::Half ? ScalarType::Float : dtype;
   const Tensor factors = empty({p.rows, 4}, wide);
@@ -189,7 +190,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   const Tensor bias_sums = empty_if(need_linear_bias, {p.chunk}, wide);
   auto data = [](bool wanted, const Tensor& t) { return wanted ? t.data_ptr() : nullptr; };
   p.grad_loss = (grad_copy ? *grad_copy : grad_loss).data_ptr();
-  p.lse = (lse_copy ? *lse_copy : lse).data_ptr();
+  p.top = (stats_copy ? *stats_copy : stats).data_ptr();
+  p.sum = static_cast<const char*>(p.top) + target.numel() * size_of(wide);
   p.grad_input = data(need_input, grad_input);
   p.grad_weight = data(need_linear_weight, grad_weight);
   p.grad_bias = data(need_linear_bias, grad_bias);

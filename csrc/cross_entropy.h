@@ -41,14 +41,16 @@ struct CrossEntropy {
 // Of f32 (f64 for f64): all but what CrossEntropy says.
 struct CrossEntropyForward : CrossEntropy {
   void* loss;      // [all rows] zeroed by the skin, or one number
-  void* lse;       // [all rows] zeroed by the skin
+  void* top;       // [all rows] zeroed by the skin, the largest logit
+  void* sum;       // [all rows] zeroed by the skin, the sum of e^(logit - top)
   void* running;   // scratch [4, rows]
   void* partials;  // scratch [3, linear_panels(chunk), rows]
 };
 
 struct CrossEntropyBackward : CrossEntropy {
   const void* grad_loss;  // [all rows], or one number
-  const void* lse;        // [all rows]
+  const void* top;        // [all rows] as the forward leaves them
+  const void* sum;        // [all rows]
   void* grad_input;       // [all rows, in] of dtype, 0 in the other rows; each of the three nullptr if not wanted
   void* grad_weight;      // [classes, in] of dtype
   void* grad_bias;        // [classes] of dtype

@@ -83,16 +83,16 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 
   // Cross-entropy of linear(input, linear_weight, linear_bias), which is never stored. input [*, K], linear_weight
-  // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number, lse
-  // [*] the log-sum-exp of each row's logits (0 where target is ignore_index); both float32 (float64 for float64).
-  // softcap 0: none. z_loss times lse^2 is added to each loss.
+  // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number;
+  // stats is [2, rows], the largest logit and the sum of e^(logit - largest), 0 where target is ignore_index; both
+  // float32 (float64 for float64). softcap 0: none. z_loss times the log-sum-exp's square is added to each loss.
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
       " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss)"
-      " -> (Tensor loss, Tensor lse)");
+      " -> (Tensor loss, Tensor stats)");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
-      " Tensor target, Tensor? weight, Tensor lse, int reduction, int ignore_index, float label_smoothing,"
+      " Tensor target, Tensor? weight, Tensor stats, int reduction, int ignore_index, float label_smoothing,"
       " float softcap, float z_loss, bool need_input, bool need_linear_weight, bool need_linear_bias)"
       " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
 

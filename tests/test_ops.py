@@ -48,7 +48,8 @@ def test_names_and_schemas() -> None:
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
     assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
     assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
-    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS | ops.RNN_OPS
+    assert set(ops.CROSS_ENTROPY_OPS) == {"linear_cross_entropy", "linear_cross_entropy_backward"}
+    assert ops.OPS == ops.NORM_OPS | ops.ATTENTION_OPS | ops.LINEAR_OPS | ops.CROSS_ENTROPY_OPS | ops.RNN_OPS
     for name, op in ops.OPS.items():
         schema = op._schema
         assert op is getattr(torch.ops.handtuned, name).default
@@ -60,7 +61,8 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            assert results[0] == ("packed" if name == "rnn_pack" else "output")
+            first = {"rnn_pack": "packed", "linear_cross_entropy": "loss"}
+            assert results[0] == first.get(name, "output")
 
 
 def test_samples_reach_every_op_and_dtype() -> None:

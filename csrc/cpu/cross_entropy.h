@@ -5,13 +5,13 @@
 //   loss[r] = (1 - s) w[t] (lse - z[t]) + s / V sum_v w[v] (lse - z[v]) + z_loss lse^2      t: the row's target
 //
 //   dz[r][v] = g[r] (((1 - s) w[t] + s / V sum_v w[v] + 2 z_loss lse) p[v] - (1 - s) w[t] [v = t] - s / V w[v]) cap'
-//   p[v] = e^(z[v] - lse)      cap' = 1 - (z / c)^2      g: gradient of the row's loss, divided by the mean's divisor
+//   p[v] = e^(z[v] - top) / sum      cap' = 1 - (z / c)^2      g: gradient of the row's loss, divided by the mean's divisor
 //   dx = dz W      dW = dz^T x      db = sum of dz's rows
 //
 // Forward: classes are gone through in chunks, whose W is packed and multiplied with all rows by linear_product.h; as
-// each row of a group of panels is finished, its maximum and its sum of exponentials are all that is kept. After a chunk
-// the groups are merged into the row's running ones.
-// Backward: chunk of classes by chunk of rows dz is made anew from the product and lse, and goes into the products for dx
+// each row of a group of panels is finished, its maximum (top) and its sum of e^(z - top) are all that is kept. After a
+// chunk the groups are merged into the row's running ones.
+// Backward: chunk of classes by chunk of rows dz is made anew from the product and the two, and goes into the products for dx
 // (which adds up over chunks of classes) and dW (over chunks of rows) while it is in the cache.
 #pragma once
 #include "../cross_entropy.h"
@@ -153,10 +153,11 @@ void finish_losses(const CrossEntropyForward& p, Partials<Accumulate<T>> found, 
   const double s = p.label_smoothing, all = s > 0 ? sum_of_weights<T>(p) : 0;
   double sum = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
-    const A lse = found.top[r] + logarithm(found.sum[r]);
+    const double lse = found.top[r] + logarithm(double(found.sum[r]));
     double loss = (1 - s) * class_weight<T>(p, p.target[r]) * (lse - at_target[r]) + p.z_loss * lse * lse;
     if (s > 0) loss += s / double(p.classes) * (all * lse - found.weighted[r]);
-    static_cast<A*>(p.lse)[p.chosen[r]] = lse;
+    static_cast<A*>(p.top)[p.chosen[r]] = found.top[r];
+    static_cast<A*>(p.sum)[p.chosen[r]] = found.sum[r];
     if (p.reduction == Reduction::none) static_cast<A*>(p.loss)[p.chosen[r]] = A(loss);
     sum += loss;
   }
@@ -193,7 +194,7 @@ void cross_entropy_forward_in(const CrossEntropyForward& p) {
 // The factors of dz that depend on a row alone.
 template <class A>
 struct RowFactors {
-  A lse, of_p, at_target, of_weights;
+  A top, of_exponential, at_target, of_weights;
 };
 
 template <class T>
@@ -205,8 +206,9 @@ void find_factors(const CrossEntropyBackward& p) {
   for (int64_t r = 0; r < p.rows; ++r) {
     const double g = grad_loss[p.reduction == Reduction::none ? p.chosen[r] : 0] * scale;
     const double own = (1 - s) * class_weight<T>(p, p.target[r]);
-    const A lse = static_cast<const A*>(p.lse)[p.chosen[r]];
-    static_cast<RowFactors<A>*>(p.factors)[r] = {lse, A(g * (own + each * all + 2 * p.z_loss * lse)), A(g * own),
+    const A top = static_cast<const A*>(p.top)[p.chosen[r]];
+    const double sum = static_cast<const A*>(p.sum)[p.chosen[r]], lse = top + logarithm(sum);
+    static_cast<RowFactors<A>*>(p.factors)[r] = {top, A(g * (own + each * all + 2 * p.z_loss * lse) / sum), A(g * own),
                                                  A(g * each)};
   }
 }
@@ -219,10 +221,10 @@ void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<
   constexpr int L = kLanes<A>;
   finish_logits<T>(p, v, n, z);
   alignas(64) A grad[kMostColumns];
-  exponentials(z, n, f.lse, [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
-    // dz = of_p e^(z - lse) - of_weights w
+  exponentials(z, n, f.top, [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
+    // dz = g (..) e^(z - top) / sum - g s / V w
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(grad + i + j * L, f.of_p * part[j]);
+    for (int j = 0; j < 4; ++j) store(grad + i + j * L, f.of_exponential * part[j]);
   });
   if (f.of_weights != 0) {
     for (int64_t i = 0; i < n; i += L) {
@@ -242,20 +244,21 @@ void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<
 }
 
 // bias_sums += the columns' sums of dz [rows][pitch].
-template <class T>
-void add_columns(const GradLogit<T>* dz, int64_t rows, int64_t classes, int64_t pitch, Accumulate<T>* sums) {
+template <class T, class G = GradLogit<T>>
+void add_columns(const G* dz, int64_t rows, int64_t classes, int64_t pitch, Accumulate<T>* sums) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   parallel_pieces((classes + kBiasColumns - 1) / kBiasColumns, rows * classes < 1 << 15, [&](int64_t piece) {
     const int64_t c = piece * kBiasColumns, n = least(kBiasColumns, classes - c);
-    alignas(64) A few[kBiasColumns] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const bool fold = r % 32 == 31 || r + 1 == rows;  // short sums first: they round less
-      for (int64_t i = 0; i < n; i += L) {
-        const vec<A> sum = load(few + i) + load_first(dz + r * pitch + c + i, n - i);
-        store(few + i, fold ? vec<A>{} : sum);
-        if (fold) store_first(sums + c + i, load_first(sums + c + i, n - i) + sum, n - i);
+    for (int64_t i = 0; i < n; i += L) {
+      const G* column = dz + c + i;
+      vec<A> sum = {}, some = {}, few = {};  // short sums first: they round less
+      for (int64_t r = 0; r < rows; ++r) {
+        few += load_first(column + r * pitch, n - i);
+        if (r % 8 == 7 || r + 1 == rows) some += few, few = vec<A>{};
+        if (r % 128 == 127 || r + 1 == rows) sum += some, some = vec<A>{};
       }
+      store_first(sums + c + i, load_first(sums + c + i, n - i) + sum, n - i);
     }
   });
 }

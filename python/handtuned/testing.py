@@ -243,7 +243,7 @@ def _cross_entropy_samples(device: str) -> Iterator[Sample]:
         given = (x, w, bias, torch.where(target == 1, -1, target), weight)
         options = (reduction, -1, *numbers)
         yield ops.linear_cross_entropy, (*given, *options), {}
-        loss, lse = ops.linear_cross_entropy(*given, *options)
+        loss, stats = ops.linear_cross_entropy(*given, *options)
         grad = draw(*loss.shape, dtype=loss.dtype)
         for needs in ((True, True, has_bias), (False, True, False)):
-            yield ops.linear_cross_entropy_backward, (grad, *given, lse, *options, *needs), {}
+            yield ops.linear_cross_entropy_backward, (grad, *given, stats, *options, *needs), {}

@@ -56,7 +56,7 @@ class CrossEntropyArguments(Arguments):
         self._check_shape("target", target, list(x.shape[:-1]))
         self._check_numbers()
         wide = wide_dtype(x.dtype)
-        for name in ("grad_loss", "lse"):
+        for name in ("grad_loss", "stats"):
             given = self[name]
             if given is not None:
                 self.check_device(name, given)
@@ -64,7 +64,7 @@ class CrossEntropyArguments(Arguments):
                     given.dtype == wide,
                     f"{name} is {given.dtype}, expected {wide} beside {x.dtype} input; convert it with .to()",
                 )
-                self._check_shape(name, given, self.loss_shape if name == "grad_loss" else list(x.shape[:-1]))
+                self._check_shape(name, given, self.loss_shape if name == "grad_loss" else [2, target.numel()])
 
     def _check_numbers(self) -> None:
         reduction, smoothing = self["reduction"], self["label_smoothing"]
@@ -103,7 +103,7 @@ class CrossEntropyArguments(Arguments):
     def fake(self) -> tuple[Tensor, ...]:
         x, w, wide = self.main, self["linear_weight"], wide_dtype(self.main.dtype)
         if self.op == "linear_cross_entropy":
-            return x.new_empty(self.loss_shape, dtype=wide), x.new_empty(x.shape[:-1], dtype=wide)
+            return x.new_empty(self.loss_shape, dtype=wide), x.new_empty([2, self["target"].numel()], dtype=wide)
         wanted = [("input", list(x.shape)), ("linear_weight", list(w.shape)), ("linear_bias", [w.shape[0]])]
         return tuple(x.new_empty(shape if self[f"need_{name}"] else [0]) for name, shape in wanted)
 

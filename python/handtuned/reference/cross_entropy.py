@@ -43,7 +43,7 @@ class _Rows:
                 f"handtuned.linear_cross_entropy: target {int(self.target[wrong][0])} is out of bounds, the limits are "
                 f"0 and {classes - 1}; rows of class {ignore_index} (ignore_index) are left out"
             )
-        self.x, self.w = _wide(input).flatten(0, -2)[self.counts], _wide(linear_weight)
+        self.x, self.w = _wide(input).reshape(self.counts.shape[0], linear_weight.shape[1])[self.counts], _wide(linear_weight)
         self.z = F.linear(self.x, self.w, None if linear_bias is None else _wide(linear_bias))
         self.cap_slope = torch.ones_like(self.z)
         if softcap:
@@ -54,6 +54,12 @@ class _Rows:
     def divisor(self, reduction: int) -> Tensor:
         own = self.weights[self.target]
         return own.sum() if REDUCTIONS[reduction] == "mean" else own.new_ones(())
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """The largest logit, as a constant (whatever it is, the loss is the same), and the sum of e^(z - largest)."""
+        top = self.z.detach().amax(-1)
+        shift = torch.where(top > -torch.inf, top, 0)
+        return top, torch.exp(self.z - shift[:, None]).sum(-1)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Values of the rows that count at their places among all, zeros elsewhere."""
@@ -73,18 +79,19 @@ def linear_cross_entropy(
     z_loss: float,
 ) -> tuple[Tensor, Tensor]:
     rows = _Rows(input, linear_weight, linear_bias, target, weight, ignore_index, softcap)
-    lse = torch.logsumexp(rows.z, -1)
-    own = rows.weights[rows.target] * (lse - rows.z.gather(1, rows.target[:, None])[:, 0])
-    loss = (1 - label_smoothing) * own
+    top, total = rows.stats()
+    lse = top + torch.log(total)
+    below = (top[:, None] - rows.z) + torch.log(total)[:, None]  # lse - z, also where both are large
+    loss = (1 - label_smoothing) * rows.weights[rows.target] * below.gather(1, rows.target[:, None])[:, 0]
     if label_smoothing:
-        loss = loss + label_smoothing / rows.z.shape[1] * ((lse[:, None] - rows.z) * rows.weights).sum(1)
+        loss = loss + label_smoothing / rows.z.shape[1] * (below * rows.weights).sum(1)
     if z_loss:
         loss = loss + z_loss * lse * lse
     if REDUCTIONS[reduction] == "none":
         reduced = rows.spread(loss).reshape(target.shape)
     else:
         reduced = loss.sum() / rows.divisor(reduction)
-    return reduced, rows.spread(lse).reshape(target.shape)
+    return reduced, torch.stack([rows.spread(top), rows.spread(total)])
 
 
 def linear_cross_entropy_backward(
@@ -94,7 +101,7 @@ def linear_cross_entropy_backward(
     linear_bias: Tensor | None,
     target: Tensor,
     weight: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
@@ -107,10 +114,13 @@ def linear_cross_entropy_backward(
     rows = _Rows(input, linear_weight, linear_bias, target, weight, ignore_index, softcap)
     each = label_smoothing / rows.z.shape[1]
     own = (1 - label_smoothing) * rows.weights[rows.target]
-    norm = torch.logsumexp(rows.z, -1) if torch.is_grad_enabled() else lse.flatten()[rows.counts]  # with its dependence
+    if torch.is_grad_enabled():  # with their dependence on input, weight and bias
+        top, total = rows.stats()
+    else:
+        top, total = stats[:, rows.counts]
     g = grad_loss.flatten()[rows.counts] if REDUCTIONS[reduction] == "none" else grad_loss / rows.divisor(reduction)
-    p = torch.exp(rows.z - norm[:, None])
-    dz = (own + each * rows.weights.sum() + 2 * z_loss * norm)[:, None] * p - each * rows.weights
+    of_p = own + each * rows.weights.sum() + 2 * z_loss * (top + torch.log(total))
+    dz = (of_p / total)[:, None] * torch.exp(rows.z - top[:, None]) - each * rows.weights
     dz = dz - own[:, None] * F.one_hot(rows.target, rows.z.shape[1])
     dz = dz * rows.cap_slope * g[..., None]
 

@@ -30,9 +30,9 @@ class _LinearCrossEntropy(Function):
         weight: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        loss, lse = kernels.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, *options)
+        loss, stats = kernels.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, *options)
         ctx.kernels, ctx.options = kernels, options
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, lse)
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, stats)
         result: Tensor = loss
         return result
 
