@@ -47,7 +47,9 @@ class Case:
         shape = "x".join(map(str, (*self.rows, self.in_features, self.classes)))
         parts = ["entropy", cases.SHORT[self.dtype], shape, self.reduction]
         named = ("bias", "weighted", "smoothing", "softcap", "z_loss", "ignored")
-        return "-".join([*parts, *(n for n in named if getattr(self, n)), *[self.layout][self.layout == "contiguous" :]])
+        return "-".join(
+            [*parts, *(n for n in named if getattr(self, n)), *[self.layout][self.layout == "contiguous" :]]
+        )
 
     @property
     def elements(self) -> int:

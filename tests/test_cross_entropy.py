@@ -245,7 +245,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("z_loss", float("inf"), r"z_loss is inf, it must be finite"),
     ("grad_loss", torch.ones(4), r"grad_loss has shape \[4\], expected \[\]"),
     ("stats", torch.ones(4), r"stats has shape \[4\], expected \[2, 4\]"),
-    ("stats", torch.ones(2, 4).double(), r"stats is (torch\.)?float64, expected (torch\.)?float32 beside (torch\.)?float32"),
+    (
+        "stats",
+        torch.ones(2, 4).double(),
+        r"stats is (torch\.)?float64, expected (torch\.)?float32 beside (torch\.)?float32",
+    ),
 ]
 
 
@@ -300,7 +304,8 @@ def test_wrong_arguments_of_the_function() -> None:
 # ---- the module ------------------------------------------------------------------------------------------------------
 
 has_module = pytest.mark.skipif(
-    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="this torch has no LinearCrossEntropyLoss; it came with 2.13"
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"),
+    reason="this torch has no LinearCrossEntropyLoss; it came with 2.13",
 )
 
 

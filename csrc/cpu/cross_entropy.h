@@ -5,14 +5,14 @@
 //   loss[r] = (1 - s) w[t] (lse - z[t]) + s / V sum_v w[v] (lse - z[v]) + z_loss lse^2      t: the row's target
 //
 //   dz[r][v] = g[r] (((1 - s) w[t] + s / V sum_v w[v] + 2 z_loss lse) p[v] - (1 - s) w[t] [v = t] - s / V w[v]) cap'
-//   p[v] = e^(z[v] - top) / sum      cap' = 1 - (z / c)^2      g: gradient of the row's loss, divided by the mean's divisor
-//   dx = dz W      dW = dz^T x      db = sum of dz's rows
+//   p[v] = e^(z[v] - top) / sum      cap' = 1 - (z / c)^2      g: gradient of the row's loss, divided by the mean's
+//   divisor dx = dz W      dW = dz^T x      db = sum of dz's rows
 //
 // Forward: classes are gone through in chunks, whose W is packed and multiplied with all rows by linear_product.h; as
 // each row of a group of panels is finished, its maximum (top) and its sum of e^(z - top) are all that is kept. After a
 // chunk the groups are merged into the row's running ones.
-// Backward: chunk of classes by chunk of rows dz is made anew from the product and the two, and goes into the products for dx
-// (which adds up over chunks of classes) and dW (over chunks of rows) while it is in the cache.
+// Backward: chunk of classes by chunk of rows dz is made anew from the product and the two, and goes into the products
+// for dx (which adds up over chunks of classes) and dW (over chunks of rows) while it is in the cache.
 #pragma once
 #include "../cross_entropy.h"
 
@@ -178,12 +178,11 @@ void cross_entropy_forward_in(const CrossEntropyForward& p) {
     const int64_t classes = least(p.chunk, p.classes - v);
     const ProductCut cut(rows, classes);
     linear_pack_in<T>(chunk_of<T>(p, v, classes));
-    product<T>(rows, classes, p.in, p.packed_classes, LeftRows<T>{x, p.in},
-               [&](int64_t r, int64_t c, int64_t n, A* z) {
-                 reduce_logits<T>(p, v + c, n, z, of_groups, c / (cut.panels * kLinearPanel) * rows + r);
-                 const int64_t t = p.target[r] - v - c;
-                 if (0 <= t && t < n) at_target[r] = z[t];
-               });
+    product<T>(rows, classes, p.in, p.packed_classes, LeftRows<T>{x, p.in}, [&](int64_t r, int64_t c, int64_t n, A* z) {
+      reduce_logits<T>(p, v + c, n, z, of_groups, c / (cut.panels * kLinearPanel) * rows + r);
+      const int64_t t = p.target[r] - v - c;
+      if (0 <= t && t < n) at_target[r] = z[t];
+    });
     merge_partials<A>(rows, cut.groups, of_groups, total, p.label_smoothing > 0);
   }
   finish_losses<T>(p, total, at_target);
@@ -222,7 +221,7 @@ void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<
   finish_logits<T>(p, v, n, z);
   alignas(64) A grad[kMostColumns];
   exponentials(z, n, f.top, [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
-    // dz = g (..) e^(z - top) / sum - g s / V w
+  // dz = g (..) e^(z - top) / sum - g s / V w
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) store(grad + i + j * L, f.of_exponential * part[j]);
   });

@@ -38,13 +38,15 @@ from .norm import (
     rms_norm_inference,
 )
 from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **RNN_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **ROTARY_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
     (CROSS_ENTROPY_OPS, CrossEntropyArguments),
+    (ROTARY_OPS, RotaryArguments),
     (RNN_OPS, RnnArguments),
 )
 
@@ -56,11 +58,13 @@ __all__ = [
     "NORM_OPS",
     "OPS",
     "RNN_OPS",
+    "ROTARY_OPS",
     "SAVED",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "append_kv",
     "arguments",
     "attention",
     "attention_backward",
@@ -80,6 +84,7 @@ __all__ = [
     "rnn",
     "rnn_backward",
     "rnn_pack",
+    "rotary",
 ]
 
 

@@ -18,12 +18,14 @@ from .norm import (
     rms_norm_inference,
 )
 from .rnn import recur, rnn, rnn_backward, rnn_pack
+from .rotary import append_kv, rotary
 
 __all__ = [
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "append_kv",
     "attention",
     "attention_backward",
     "dropout_factor",
@@ -43,4 +45,5 @@ __all__ = [
     "rnn",
     "rnn_backward",
     "rnn_pack",
+    "rotary",
 ]

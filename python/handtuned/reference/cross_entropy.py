@@ -43,7 +43,10 @@ class _Rows:
                 f"handtuned.linear_cross_entropy: target {int(self.target[wrong][0])} is out of bounds, the limits are "
                 f"0 and {classes - 1}; rows of class {ignore_index} (ignore_index) are left out"
             )
-        self.x, self.w = _wide(input).reshape(self.counts.shape[0], linear_weight.shape[1])[self.counts], _wide(linear_weight)
+        self.x, self.w = (
+            _wide(input).reshape(self.counts.shape[0], linear_weight.shape[1])[self.counts],
+            _wide(linear_weight),
+        )
         self.z = F.linear(self.x, self.w, None if linear_bias is None else _wide(linear_bias))
         self.cap_slope = torch.ones_like(self.z)
         if softcap:
