@@ -1,8 +1,6 @@
 // Rotary family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
 #include "rotary.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -63,14 +61,6 @@ StridedRows broadcast_rows(const char* op, const Tensor& table, Shape sizes, Opt
   }
   if (rows.ndim == 0) rows.ndim = 1, rows.size[0] = 1;
   return rows;
-}
-
-Tensor empty_like(const Tensor& tensor) {
-  AtenTensorHandle shared, made;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &shared));
-  const torch::stable::Tensor result = torch::stable::empty_like(torch::stable::Tensor(shared));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &made));
-  return Tensor(made);
 }
 
 Tensor rotary(const Tensor& input, const Tensor& cos, const Tensor& sin, bool interleaved, bool inverse) {

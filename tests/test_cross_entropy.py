@@ -320,9 +320,8 @@ def test_the_twin_is_torchs_module() -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
     x, target = torch.randn(9, 20), torch.randint(30, (9,))
     torch.testing.assert_close(ours(x, target), theirs(x, target))
-    report = handtuned.replace(theirs, check=(x, target))
+    handtuned.replace(theirs, check=(x, target))
     assert type(theirs) is handtuned.nn.LinearCrossEntropyLoss
-    assert report.check
     assert "linear_cross_entropy: cpu" in str(handtuned.explain(theirs, x, target))
 
 

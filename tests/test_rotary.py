@@ -157,8 +157,8 @@ def test_queries_that_all_stand_at_the_first_position(isa: str) -> None:
     given = arguments() | {"in_order": False}
     rotated, _ = ops.append_kv(**given)
     for b, length in enumerate([4, 0]):
-        tables = (given[name][length] for name in ("cos", "sin"))
-        torch.testing.assert_close(rotated[b].double(), turned(given["query"][b], *tables, False), rtol=1e-5, atol=1e-6)
+        expected = turned(given["query"][b], given["cos"][length], given["sin"][length], False)
+        torch.testing.assert_close(rotated[b].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_same_bits_on_any_number_of_threads(isa: str) -> None:

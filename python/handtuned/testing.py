@@ -266,11 +266,11 @@ def _rotary_samples(device: str) -> Iterator[Sample]:
         x = x.transpose(1, 2).contiguous().transpose(1, 2) if inside else x
         yield ops.rotary, (x, cos, sin, interleaved, False), {}
         yield ops.rotary, (x, cos, sin, interleaved, True), {}
-    lengths, table = torch.tensor([3, 0], device=device), torch.tensor([[2, 0], [3, 1]], device=device)
-    for dtype, table_dtype, pages in ((f32, f32, None), (f64, f64, table), (bf16, f32, table.int()), (f16, None, None)):
+    lengths, where = torch.tensor([3, 0], device=device), torch.tensor([[2, 0], [3, 1]], device=device)
+    for dtype, angle, pages in ((f32, f32, None), (f64, f64, where), (bf16, f32, where.int()), (f16, None, None)):
         q, k, v = (draw(2, heads, 2, width, dtype=dtype) for heads, width in ((4, 8), (2, 8), (2, 6)))
         caches = [draw(4 if pages is not None else 2, 2, 5, width, dtype=dtype) for width in (8, 6)]
-        cos, sin = (None if table_dtype is None else draw(5, 3, dtype=table_dtype) for _ in range(2))
-        yield ops.append_kv, (q, k, v, *caches, lengths, pages, cos, sin, dtype == f32, True), {}
+        tables = [None if angle is None else draw(5, 3, dtype=angle) for _ in range(2)]
+        yield ops.append_kv, (q, k, v, *caches, lengths, pages, *tables, dtype == f32, True), {}
     empty = [draw(0, heads, 2, 8, dtype=f32) for heads in (4, 2, 2, 2, 2)]
     yield ops.append_kv, (*empty, lengths[:0], None, None, None, False, False), {}

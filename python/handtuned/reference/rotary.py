@@ -30,10 +30,12 @@ def _check_places(key_cache: Tensor, new: int, cache_lengths: Tensor, block_tabl
     for b, length in enumerate(cache_lengths.tolist()):
         if not 0 <= length <= capacity - new:
             raise RuntimeError(
-                f"handtuned.append_kv: cache_lengths[{b}] is {length}, the limits are 0 and {capacity - new} ({new} new "
-                f"keys in a cache of {capacity}); allocate a longer cache"
+                f"handtuned.append_kv: cache_lengths[{b}] is {length}, the limits are 0 and {capacity - new} ({new} "
+                f"new keys in a cache of {capacity}); allocate a longer cache"
             )
-        for place in range(length // size, -(-(length + new) // size)) if block_table is not None else ():
+        if block_table is None:
+            continue
+        for place in range(length // size, -(-(length + new) // size)):
             page = int(block_table[b, place])
             if not 0 <= page < key_cache.shape[0]:
                 raise RuntimeError(

@@ -89,8 +89,8 @@ def attention_with_kv_cache(
             Sequences may share pages that are only read.
         attn_mask: bool (True: may attend) or additive, broadcastable to (B, H, Lq, Lmax).
         is_causal, window, scale, alibi_slopes, softcap, sinks: as in scaled_dot_product_attention.
-        rotary_cos, rotary_sin: (positions, R / 2) from rotary_tables, for rotating query and key as rotary_embedding does:
-            new key t of a sequence stands at cache_lengths + t, and so does query t with is_causal or a window; else
+        rotary_cos, rotary_sin: (positions, R / 2) from rotary_tables, to rotate query and key as rotary_embedding does.
+            New key t of a sequence stands at cache_lengths + t, and so does query t with is_causal or a window; else
             all queries stand at cache_lengths.
         rotary_interleaved: as in rotary_embedding.
         return_lse: also return the log-sum-exp of each row's scores.

@@ -55,7 +55,8 @@ class _Rotary(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The rotation the other way, which can be differentiated again in the same manner."""
-        grad = _turn(ctx.kernels, grad_output, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+        cos, sin = ctx.saved_tensors
+        grad = _turn(ctx.kernels, grad_output, cos, sin, ctx.interleaved, not ctx.inverse)
         return None, grad, None, None, None, None
 
 
