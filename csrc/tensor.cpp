@@ -90,6 +90,17 @@ Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype) {
   return tensor;
 }
 
+Tensor empty_like(const Tensor& tensor) {
+  AtenTensorHandle shared, made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &shared));
+  const torch::stable::Tensor result = torch::stable::empty_like(torch::stable::Tensor(shared));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &made));
+  Tensor owned(made);
+  const size_t bytes = size_t(owned.numel()) * size_of(owned.scalar_type());
+  if (bytes >= kAskForHugePages) advise_huge_pages(owned.data_ptr(), bytes);
+  return owned;
+}
+
 Tensor empty(Shape sizes, ScalarType dtype) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());

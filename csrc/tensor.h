@@ -82,6 +82,7 @@ bool equal(Shape a, Shape b);
 // several times as long as a norm needs to fill it.
 Tensor empty(Shape sizes, ScalarType dtype);
 Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype);  // strides that leave no gaps
+Tensor empty_like(const Tensor& tensor);  // its dims in the same order in memory, without gaps
 inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype) {
   return wanted ? empty(sizes, dtype) : empty({0}, dtype);
 }
