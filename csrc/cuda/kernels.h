@@ -10,8 +10,8 @@ struct NormForward;
 struct NormBackward;
 
 struct CudaKernels {
-  const char* version;       // of handtuned: the skin's and the library's Params are one
-  int least_capability;      // 80: sm_80
+  const char* version;            // of handtuned: the skin's and the library's Params are one
+  int least_capability;           // 80: sm_80
   int (*capability)(int device);  // 90 for sm_90; 0 if it cannot be asked
   const char* (*error)(int status);
   int (*norm_forward)(const NormForward&, int device, void* stream);

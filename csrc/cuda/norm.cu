@@ -39,11 +39,12 @@ cudaError_t forward(const NormForward& p, int device, void* stream) {
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const RowPlan plan = plan_forward(p.cols, p.dtype, p.dropout.p > 0);
-  const bool wide = p.cols % kLanes<T> == 0 && rows_aligned(p.input, kLanes<T>) && rows_aligned(p.residual, kLanes<T>) &&
-                    aligned(p.weight) && aligned(p.bias) && aligned(p.output) && aligned(p.new_residual);
+  const bool wide = p.cols % kLanes<T> == 0 && rows_aligned(p.input, kLanes<T>) &&
+                    rows_aligned(p.residual, kLanes<T>) && aligned(p.weight) && aligned(p.bias) && aligned(p.output) &&
+                    aligned(p.new_residual);
   auto kernel = plan.home == Home::registers ? norm_forward_kernel<T, true> : norm_forward_kernel<T, false>;
-  return launch(kernel, dim3(ceil_div(p.rows, plan.rows)), dim3(plan.threads * plan.rows),
-                plan.shared_bytes, stream, p, plan, wide);
+  return launch(kernel, dim3(ceil_div(p.rows, plan.rows)), dim3(plan.threads * plan.rows), plan.shared_bytes, stream, p,
+                Keep<Accumulate<T>>(p.dropout), plan, wide);
 }
 
 template <class T>
@@ -60,14 +61,15 @@ cudaError_t backward(const NormBackward& p, int device, void* stream) {
   const int64_t chunk = chunk_rows(p.rows, plan), count = chunks(p.rows, plan);
   cudaError_t status = cudaSuccess;
   if (p.grad_normalised != nullptr || sum_columns) {
-    auto kernel = plan.home == Home::registers ? norm_backward_rows_kernel<T, true> : norm_backward_rows_kernel<T, false>;
+    auto kernel =
+        plan.home == Home::registers ? norm_backward_rows_kernel<T, true> : norm_backward_rows_kernel<T, false>;
     status = launch(kernel, dim3(count), dim3(plan.threads * plan.rows), plan.shared_bytes, stream, p,
-                    plan, chunk, sum_columns, wide);
+                    Keep<A>(p.dropout), plan, chunk, sum_columns, wide);
   }
   if (status == cudaSuccess && wants_sums && !sum_columns) {
-    status = launch(norm_backward_columns_kernel<T>, dim3(ceil_div(p.cols, kWarp * kLanes<T>), count),
-                    dim3(kWarp * kColumnGroups), 2 * kLanes<T> * kColumnGroups * kWarp * sizeof(A), stream, p, chunk,
-                    wide);
+    status =
+        launch(norm_backward_columns_kernel<T>, dim3(ceil_div(p.cols, kWarp * kLanes<T>), count),
+               dim3(kWarp * kColumnGroups), 2 * kLanes<T> * kColumnGroups * kWarp * sizeof(A), stream, p, chunk, wide);
   }
   if (status == cudaSuccess && wants_sums) {
     status = launch(norm_partials_kernel<T>, dim3(ceil_div(p.cols, kWarp), 2), dim3(kWarp * kPartialGroups),

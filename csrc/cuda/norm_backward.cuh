@@ -72,10 +72,10 @@ struct RowState {
   }
 };
 
-template <class T>
+template <class T, class Column>
 __device__ void write_dx(const NormBackward& p, const RowShare<T>& share, const RowState<Accumulate<T>>& state,
-                         const Keep<Accumulate<T>>& keep, const Pack<T>& dy, const Pack<T>& h, int64_t column,
-                         int count, bool wide) {
+                         const Keep<Accumulate<T>>& keep, uint64_t seed, const T* extra, const Pack<T>& dy,
+                         const Pack<T>& h, Column column, int count, bool wide) {
   using A = Accumulate<T>;
   A weight[kLanes<T>], dx[kLanes<T>];
   load_parameter<T>(weight, p.weight, p.weight_dtype != p.dtype, column, count, wide, A(1));
@@ -86,17 +86,17 @@ __device__ void write_dx(const NormBackward& p, const RowShare<T>& share, const 
     dx[i] = state.rstd * (widen(dy.value[i]) * weight[i] - state.mean_g - xhat * state.mean_gx);
   }
   Pack<T> out;
-  if (p.grad_new_residual.data != nullptr) {
-    out = load_pack(share.of(p.grad_new_residual) + column, count, wide);
+  if (extra != nullptr) {
+    out = load_pack(extra + column, count, wide);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) dx[i] += widen(out.value[i]);
   }
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) out.value[i] = narrow<T>(dx[i]);
-  const int64_t offset = share.there ? share.row * p.cols + column : 0;
+  const int64_t offset = share.row * p.cols + column;
   store_pack(static_cast<T*>(p.grad_normalised) + offset, out, count, wide);
   if (p.grad_dropped != nullptr) {
-    const unsigned flags = keep.template flags<kLanes<T>>(share.row, column);
+    const unsigned flags = keep.template flags<kLanes<T>>(seed, share.row, column);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) out.value[i] = narrow<T>(dx[i] * keep.factor(flags, i));
     store_pack(static_cast<T*>(p.grad_dropped) + offset, out, count, wide);
@@ -106,12 +106,13 @@ __device__ void write_dx(const NormBackward& p, const RowShare<T>& share, const 
 // sum_columns: whether this kernel makes the partial sums.
 template <class T, bool InRegisters>
 __global__ void __launch_bounds__(kMostThreadsBackward, 1)
-    norm_backward_rows_kernel(NormBackward p, RowPlan plan, int64_t chunk_rows, bool sum_columns, bool wide) {
+    norm_backward_rows_kernel(NormBackward p, Keep<Accumulate<T>> keep, RowPlan plan, int64_t chunk_rows,
+                              bool sum_columns, bool wide) {
   using A = Accumulate<T>;
   const int64_t begin = int64_t(blockIdx.x) * chunk_rows;
   const int64_t end = begin + chunk_rows < p.rows ? begin + chunk_rows : p.rows;
   const ColumnSums<T> columns{shared<A>(2 * kReduceBytes<A>), plan.packs, plan.pitch};
-  const Keep<A> keep(p.dropout);
+  const uint64_t seed = keep.seed();
   if (InRegisters && sum_columns) columns.clear();
 
   int turn = 0;  // of two scratches
@@ -119,10 +120,11 @@ __global__ void __launch_bounds__(kMostThreadsBackward, 1)
     const RowShare<T> share(plan, first_row, end, p.cols);
     RowState<A> state(p, share.row, share.there);
     const T *dy_row = share.of(p.grad_output), *h_row = share.of(p.input);
+    const T* extra = p.grad_new_residual.data != nullptr ? share.of(p.grad_new_residual) : nullptr;
     const int first = 2 * kReduceBytes<A>, second = first + plan.packs * int(blockDim.x) * 16;
     RowPacks<T, InRegisters> dy_packs(plan, dy_row, first), h_packs(plan, h_row, second);
     Sums<A> sums = {0, 0};
-    share.template each_pack<InRegisters>(plan.packs, [&](int pack, int64_t column, int count) {
+    share.template each_pack<InRegisters>(plan.packs, [&](int pack, auto column, int count) {
       const Pack<T> dy = load_pack(dy_row + column, count, wide), h = load_pack(h_row + column, count, wide);
       dy_packs.put(pack, dy);
       h_packs.put(pack, h);
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kMostThreadsBackward, 1)
       for (int i = 0; i < kLanes<T>; ++i) {
         // xhat = (h - mean) * rstd;  dweight += dy * xhat;  dbias += dy;  g = dy * weight
         const A grad = widen(dy.value[i]), g = grad * weight[i];
-        const A xhat = i < count ? (widen(h.value[i]) - state.mean) * state.rstd : A(0);
+        const A xhat = (widen(h.value[i]) - state.mean) * state.rstd;
         sums.first += g;
         sums.second += g * xhat;
         if (InRegisters && sum_columns) columns.add(pack, i, grad * xhat, grad);
@@ -142,9 +144,9 @@ __global__ void __launch_bounds__(kMostThreadsBackward, 1)
     sums = sum_over_row(sums, plan.threads, shared<A>(turn * kReduceBytes<A>));
     if (p.centre) state.mean_g = sums.first / A(p.cols);
     state.mean_gx = sums.second / A(p.cols);
-    share.template each_pack<InRegisters>(plan.packs, [&](int pack, int64_t column, int count) {
+    share.template each_pack<InRegisters>(plan.packs, [&](int pack, auto column, int count) {
       const Pack<T> dy = dy_packs.get(pack, column, count, wide), h = h_packs.get(pack, column, count, wide);
-      write_dx(p, share, state, keep, dy, h, column, count, wide);
+      write_dx(p, share, state, keep, seed, extra, dy, h, column, count, wide);
     });
   }
   if (InRegisters && sum_columns) columns.write(p, plan, blockIdx.x);
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kWarp* kColumnGroups, 1)
   using A = Accumulate<T>;
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const int64_t column = (int64_t(blockIdx.x) * kWarp + lane) * kLanes<T>, left = p.cols - column;
-  const int count = left >= kLanes<T> ? kLanes<T> : left > 0 ? int(left) : 0;
+  const int count = left >= kLanes<T> ? kLanes<T> : int(left);
   const int64_t begin = int64_t(blockIdx.y) * chunk_rows;
   const int64_t end = begin + chunk_rows < p.rows ? begin + chunk_rows : p.rows;
   A dweight[kLanes<T>] = {}, dbias[kLanes<T>] = {};
@@ -176,7 +178,9 @@ __global__ void __launch_bounds__(kWarp* kColumnGroups, 1)
     }
   }
   const Shared<A> sums = shared<A>(0);  // [2, kLanes, kColumnGroups, kWarp]
-  auto at = [=](int which, int i, int group) { return ((which * kLanes<T> + i) * kColumnGroups + group) * kWarp + lane; };
+  auto at = [=](int which, int i, int group) {
+    return ((which * kLanes<T> + i) * kColumnGroups + group) * kWarp + lane;
+  };
   for (int i = 0; i < kLanes<T>; ++i) {
     sums[at(0, i, group)] = dweight[i];
     sums[at(1, i, group)] = dbias[i];

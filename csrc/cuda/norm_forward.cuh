@@ -25,44 +25,45 @@ __device__ inline A square_root(A v) {
   return sqrt(v);
 }
 
-// Pass 1 for one pack: h, rounded to T.
-template <class T>
-__device__ Pack<T> gather(const NormForward& p, const RowShare<T>& share, const Keep<Accumulate<T>>& keep,
-                          int64_t column, int count, bool wide) {
+// Pass 1 for one pack: h, rounded to T. x, residual: the row.
+template <class T, class Column>
+__device__ Pack<T> gather(const NormForward& p, const RowShare<T>& share, const T* x, const T* residual,
+                          const Keep<Accumulate<T>>& keep, uint64_t seed, Column column, int count, bool wide) {
   using A = Accumulate<T>;
-  Pack<T> h = load_pack(share.of(p.input) + column, count, wide);
-  if (p.residual.data == nullptr) return h;
-  const Pack<T> residual = load_pack(share.of(p.residual) + column, count, wide);
+  Pack<T> h = load_pack(x + column, count, wide);
+  if (residual == nullptr) return h;
+  const Pack<T> add = load_pack(residual + column, count, wide);
   A value[kLanes<T>];
 #pragma unroll
   for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(h.value[i]);
-  if (p.dropout.p > 0) {
-    const unsigned flags = keep.template flags<kLanes<T>>(share.row, column);
+  if (keep.seed_address != nullptr) {
+    const unsigned flags = keep.template flags<kLanes<T>>(seed, share.row, column);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) value[i] *= keep.factor(flags, i);
   }
   // h = round(x * factor + residual)
 #pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) h.value[i] = narrow<T>(value[i] + widen(residual.value[i]));
-  store_pack(static_cast<T*>(p.new_residual) + (share.there ? share.row * p.cols + column : 0), h, count, wide);
+  for (int i = 0; i < kLanes<T>; ++i) h.value[i] = narrow<T>(value[i] + widen(add.value[i]));
+  store_pack(static_cast<T*>(p.new_residual) + share.row * p.cols + column, h, count, wide);
   return h;
 }
 
 // wide: every row of every tensor starts at a multiple of 16 bytes and ends at one.
 template <class T, bool InRegisters>
 __global__ void __launch_bounds__(kMostThreadsForward, 1)
-    norm_forward_kernel(NormForward p, RowPlan plan, bool wide) {
+    norm_forward_kernel(NormForward p, Keep<Accumulate<T>> keep, RowPlan plan, bool wide) {
   using A = Accumulate<T>;
   const RowShare<T> share(plan, int64_t(blockIdx.x) * plan.rows, p.rows, p.cols);
-  const Keep<A> keep(p.dropout);
+  const uint64_t seed = keep.seed();
   const bool as_float = p.weight_dtype != p.dtype;
-  const int64_t offset = share.there ? share.row * p.cols : 0;  // of the row in every output
-  const T* h_row = p.residual.data ? static_cast<const T*>(p.new_residual) + offset : share.of(p.input);
+  const int64_t offset = share.row * p.cols;  // of the row in every output
+  const T *x = share.of(p.input), *residual = p.residual.data != nullptr ? share.of(p.residual) : nullptr;
+  const T* h_row = residual != nullptr ? static_cast<const T*>(p.new_residual) + offset : x;
   RowPacks<T, InRegisters> row(plan, h_row, 2 * kReduceBytes<A>);
 
   Sums<A> sums = {0, 0};
-  share.template each_pack<InRegisters>(plan.packs, [&](int pack, int64_t column, int count) {
-    const Pack<T> h = gather(p, share, keep, column, count, wide);
+  share.template each_pack<InRegisters>(plan.packs, [&](int pack, auto column, int count) {
+    const Pack<T> h = gather(p, share, x, residual, keep, seed, column, count, wide);
     row.put(pack, h);
 #pragma unroll
     for (int i = 0; i < kLanes<T>; ++i) {  // those beyond the row are 0
@@ -74,12 +75,12 @@ __global__ void __launch_bounds__(kMostThreadsForward, 1)
   if (p.centre) {
     mean = variance;
     sums = {0, 0};
-    share.template each_pack<InRegisters>(plan.packs, [&](int pack, int64_t column, int count) {
+    share.template each_pack<InRegisters>(plan.packs, [&](int pack, auto column, int count) {
       const Pack<T> h = row.get(pack, column, count, wide);
 #pragma unroll
-      for (int i = 0; i < kLanes<T>; ++i) {
+      for (int i = 0; i < kLanes<T> && i < count; ++i) {
         // d = h - mean;  first += d;  second += d * d
-        const A d = i < count ? widen(h.value[i]) - mean : A(0);
+        const A d = widen(h.value[i]) - mean;
         sums.first += d;
         sums.second += d * d;
       }
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kMostThreadsForward, 1)
   }
   const A rstd = A(1) / square_root(variance + A(p.eps));
 
-  share.template each_pack<InRegisters>(plan.packs, [&](int pack, int64_t column, int count) {
+  share.template each_pack<InRegisters>(plan.packs, [&](int pack, auto column, int count) {
     const Pack<T> h = row.get(pack, column, count, wide);
     A weight[kLanes<T>], bias[kLanes<T>];
     load_parameter<T>(weight, p.weight, as_float, column, count, wide, A(1));

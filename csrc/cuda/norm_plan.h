@@ -7,7 +7,7 @@ namespace handtuned::cuda {
 
 constexpr int kPacksHeld = 4;              // packs of 16 bytes that a thread holds in registers
 constexpr int kMostThreadsForward = 768;   // of a row, and of a block: 80 registers a thread
-constexpr int kMostThreadsBackward = 512;  // 128 registers
+constexpr int kMostThreadsBackward = 512;  // 144 registers
 constexpr int kThreadsOfShort = 128;       // of a block, where a row needs fewer
 constexpr int kMostShared = 99 << 10;      // bytes that every GPU from sm_80 on grants a block
 constexpr int kMostChunks = 512;           // rows of partial sums

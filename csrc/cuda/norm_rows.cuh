@@ -2,6 +2,8 @@
 #pragma once
 #include <device/vector.h>
 
+#include <type_traits>
+
 #include "norm_plan.h"
 
 namespace handtuned::cuda {
@@ -19,29 +21,27 @@ struct RowShare {
     there = row < last_row;
   }
 
-  // Its row of a strided tensor; of a thread that is not there, the first one.
-  __device__ const T* of(const StridedRows& rows) const { return row_of<T>(rows, there ? row : 0); }
+  __device__ const T* of(const StridedRows& rows) const { return row_of<T>(rows, row); }
 
-  __device__ int64_t column(int pack) const { return (int64_t(pack) * threads + thread) * kLanes<T>; }
-
-  // Elements of the pack that starts at a column, 0 to kLanes.
+  // Elements from a column on: of its pack, and perhaps of later ones; not positive where there are none.
   __device__ int count(int64_t column) const {
     const int64_t left = cols - column;
-    if (!there || left <= 0) return 0;
+    if (!there) return 0;
     return left < kLanes<T> ? int(left) : kLanes<T>;
   }
 
-  // Calls f(pack, column, count) for every pack of the row's threads, also where count is 0: warps stay together.
+  // Calls f(pack, column, count) for every pack of the row's threads, also where it has no elements: warps stay
+  // together.
   template <bool InRegisters, class F>
   __device__ void each_pack(int packs, F f) const {
+    using Column = std::conditional_t<InRegisters, int, int64_t>;  // rows in registers are short
     auto visit = [&](int pack) {
-      const int64_t first = column(pack);
-      f(pack, first, count(first));
+      const Column column = (Column(pack) * threads + thread) * kLanes<T>;
+      f(pack, column, count(column));
     };
     if (InRegisters) {
 #pragma unroll
-      for (int pack = 0; pack < kPacksHeld; ++pack)
-        if (pack < packs) visit(pack);
+      for (int pack = 0; pack < kPacksHeld && pack < packs; ++pack) visit(pack);
     } else {
       for (int pack = 0; pack < packs; ++pack) visit(pack);
     }

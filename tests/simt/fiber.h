@@ -12,8 +12,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  void resume();        // from the host's stack; returns when the fiber suspends
-  void suspend();       // from this fiber's stack
+  void resume();         // from the host's stack; returns when the fiber suspends
+  void suspend();        // from this fiber's stack
   void started() const;  // the first thing on a fiber's stack
 
  private:

@@ -38,8 +38,8 @@ void* SharedMemory::read(size_t offset, size_t bytes) {
       fail("race on shared memory at " + std::to_string(4 * w) + ": read, and written by " + word.write.by() +
            ", no barrier between");
     Touch& read = word.read;
-    const bool same_time = read.when.of_block == me.when.of_block &&
-                           (read.warp != me.warp || read.when.of_warp == me.when.of_warp);
+    const bool same_time =
+        read.when.of_block == me.when.of_block && (read.warp != me.warp || read.when.of_warp == me.when.of_warp);
     if (read.thread == Touch::kNobody || read.thread == me.thread || !same_time) {
       read = me;
     } else {

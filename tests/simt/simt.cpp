@@ -319,8 +319,8 @@ int launch(const Launch& what, const std::function<void()>& body) {
   const auto size = [](Index i) { return uint64_t(i.x) * i.y * i.z; };
   error_text.clear();
   if (size(what.grid) == 0 || size(what.block) == 0 || size(what.block) > kMostThreads) {
-    error_text = "a grid of " + std::to_string(size(what.grid)) + " blocks of " + std::to_string(size(what.block)) +
-                 " threads";
+    error_text =
+        "a grid of " + std::to_string(size(what.grid)) + " blocks of " + std::to_string(size(what.block)) + " threads";
     return kInvalidConfiguration;
   }
   ++counts.launches;

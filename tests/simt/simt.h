@@ -16,8 +16,8 @@
 namespace simt {
 
 constexpr int kWarp = 32;
-constexpr size_t kMostThreads = 1024;           // of a block
-constexpr size_t kMostShared = 227 << 10;       // bytes of a block, once asked for
+constexpr size_t kMostThreads = 1024;      // of a block
+constexpr size_t kMostShared = 227 << 10;  // bytes of a block, once asked for
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 struct Index {
@@ -49,9 +49,9 @@ extern Config config;
 // What launches did since the last reset.
 struct Counts {
   uint64_t launches, blocks, switches;
-  uint64_t bytes_loaded, bytes_stored;              // global memory
-  uint64_t shared_accesses, bank_conflicts;         // of warps; cycles beyond the first that they took
-  uint64_t most_shared_bytes;                       // of a block
+  uint64_t bytes_loaded, bytes_stored;       // global memory
+  uint64_t shared_accesses, bank_conflicts;  // of warps; cycles beyond the first that they took
+  uint64_t most_shared_bytes;                // of a block
 };
 extern Counts counts;
 

@@ -29,27 +29,29 @@ __device__ inline uint4 philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   return make_uint4(c0, c1, c2, c3);
 }
 
-// What a kernel knows of its dropout; in device code, since the seed lies in device memory.
+// A launch's dropout. The seed lies in device memory, so that no launch waits for it.
 template <class A>
 struct Keep {
-  uint64_t seed;
+  const uint64_t* seed_address;  // nullptr without dropout
   uint32_t threshold;
-  A scale;  // of what is kept
+  A scale;  // of what is kept; at p = 1, where it is infinite, nothing is
 
-  __device__ explicit Keep(const Dropout& dropout) {
-    seed = dropout.p > 0 ? load_global(static_cast<const uint64_t*>(dropout.seed_address)) : 0;
-    threshold = uint32_t(dropout.p * 65536.0 + 0.5);
-    scale = dropout.p < 1 ? A(1.0 / (1.0 - dropout.p)) : A(0);
-  }
+  explicit Keep(const Dropout& dropout)
+      : seed_address(dropout.p > 0 ? static_cast<const uint64_t*>(dropout.seed_address) : nullptr),
+        threshold(uint32_t(dropout.p * 65536.0 + 0.5)),
+        scale(A(1.0 / (1.0 - dropout.p))) {}
+
+  __device__ uint64_t seed() const { return seed_address != nullptr ? load_global(seed_address) : 0; }
 
   // Bit i: whether column + i is kept, i < Columns (2, 4 or 8). All lanes of a warp call this together, with the same
-  // row, and lane l with the column of lane 0 plus l * Columns; that of lane 0 is a multiple of 32 * Columns.
-  template <int Columns>
-  __device__ unsigned flags(int64_t row, int64_t column) const {
+  // row, and lane l with the column of lane 0 plus l * Columns; that of lane 0 is a multiple of 32 * Columns. The
+  // warp's columns are at most two blocks of 128: lanes 0 to 15 make the calls of the first, 16 to 31 of the second.
+  template <int Columns, class Column>
+  __device__ unsigned flags(uint64_t seed, int64_t row, Column column) const {
     const int lane = threadIdx.x % kWarp;
-    const int64_t block = (column - lane * Columns) / 128;  // of lane 0
-    const int64_t mine = Columns == 8 ? block + lane / 16 : block;
-    const uint4 words = philox(uint32_t(16 * mine + lane % 16), uint32_t(row), uint32_t(row >> 32), 0, seed);
+    const Column block = (column - lane * Columns) / 128;  // of lane 0
+    const uint4 words =
+        philox(uint32_t(16 * (block + lane / 16) + lane % 16), uint32_t(row), uint32_t(row >> 32), 0, seed);
     const uint32_t word[4] = {words.x, words.y, words.z, words.w};
     const int number = int(column / 16 % 8), from = int(column / 128 - block) * 16 + int(column % 16);
     unsigned found = 0;

@@ -51,7 +51,8 @@ struct alignas(16) Pack {
   T value[kLanes<T>];
 };
 
-// The first `count` (0 to kLanes) elements from p on. wide: p is aligned to 16 bytes, and count is 0 or kLanes.
+// The elements from p on, `count` of them: none if it is not positive, at most kLanes. wide: p is aligned to 16 bytes,
+// and a pack that has any element has them all.
 template <class T>
 __device__ inline Pack<T> load_pack(const T* p, int count, bool wide) {
   Pack<T> pack = {};
@@ -62,8 +63,7 @@ __device__ inline Pack<T> load_pack(const T* p, int count, bool wide) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kLanes<T>; ++i)
-      if (i < count) pack.value[i] = load_global(p + i);
+    for (int i = 0; i < kLanes<T> && i < count; ++i) pack.value[i] = load_global(p + i);
   }
   return pack;
 }
@@ -78,8 +78,7 @@ __device__ inline void store_pack(T* p, const Pack<T>& pack, int count, bool wid
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kLanes<T>; ++i)
-      if (i < count) store_global(p + i, pack.value[i]);
+    for (int i = 0; i < kLanes<T> && i < count; ++i) store_global(p + i, pack.value[i]);
   }
 }
 
@@ -87,23 +86,26 @@ __device__ inline void store_pack(T* p, const Pack<T>& pack, int count, bool wid
 template <class T>
 __device__ inline void load_parameter(Accumulate<T> (&value)[kLanes<T>], const void* parameter, bool as_float,
                                       int64_t column, int count, bool wide, Accumulate<T> absent) {
+  if (parameter == nullptr) {
 #pragma unroll
-  for (int i = 0; i < kLanes<T>; ++i) value[i] = absent;
-  if (parameter == nullptr) return;
-  if (as_float && sizeof(T) == 2) {
-    const float* p = static_cast<const float*>(parameter) + column;
-#pragma unroll
-    for (int half = 0; half < kLanes<T>; half += kLanes<float>) {
-      const int left = count - half < kLanes<float> ? count - half : kLanes<float>;
-      const Pack<float> pack = load_pack(p + half, left, wide);
-#pragma unroll
-      for (int i = 0; i < kLanes<float> && half + i < kLanes<T>; ++i) value[half + i] = pack.value[i];
-    }
-  } else {
-    const Pack<T> pack = load_pack(static_cast<const T*>(parameter) + column, count, wide);
-#pragma unroll
-    for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(pack.value[i]);
+    for (int i = 0; i < kLanes<T>; ++i) value[i] = absent;
+    return;
   }
+  if constexpr (sizeof(T) == 2) {
+    if (as_float) {
+      const float* p = static_cast<const float*>(parameter) + column;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Pack<float> pack = load_pack(p + 4 * half, count - 4 * half, wide);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) value[4 * half + i] = pack.value[i];
+      }
+      return;
+    }
+  }
+  const Pack<T> pack = load_pack(static_cast<const T*>(parameter) + column, count, wide);
+#pragma unroll
+  for (int i = 0; i < kLanes<T>; ++i) value[i] = widen(pack.value[i]);
 }
 
 template <class T>

@@ -17,11 +17,11 @@
 
 namespace simt {
 
-template <Index Thread::*which, unsigned Index::*dim>
+template <Index Thread::* which, unsigned Index::* dim>
 struct Component {
   operator unsigned() const { return current->*which.*dim; }
 };
-template <Index Thread::*which>
+template <Index Thread::* which>
 struct BuiltIn {
   Component<which, &Index::x> x;
   Component<which, &Index::y> y;
@@ -84,7 +84,8 @@ T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int change, int width = 32) {
   const int from = simt::current->lane ^ change;
-  return simt::shuffle("__shfl_xor_sync", mask, value, from < simt::segment(width) + width ? from : simt::current->lane);
+  return simt::shuffle("__shfl_xor_sync", mask, value,
+                       from < simt::segment(width) + width ? from : simt::current->lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32) {
