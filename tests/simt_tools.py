@@ -28,6 +28,7 @@ class Counts(ctypes.Structure):
         for name in (
             "launches",
             "blocks",
+            "threads",
             "switches",
             "bytes_loaded",
             "bytes_stored",
@@ -38,6 +39,7 @@ class Counts(ctypes.Structure):
     )
     launches: int
     blocks: int
+    threads: int
     switches: int
     bytes_loaded: int
     bytes_stored: int

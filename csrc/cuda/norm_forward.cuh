@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMostThreadsForward, 1)
   const uint64_t seed = keep.seed();
   const bool as_float = p.weight_dtype != p.dtype;
   const int64_t offset = share.row * p.cols;  // of the row in every output
-  const T *x = share.of(p.input), *residual = p.residual.data != nullptr ? share.of(p.residual) : nullptr;
+  const T *x = share.of(p.input), *residual = share.of(p.residual);
   const T* h_row = residual != nullptr ? static_cast<const T*>(p.new_residual) + offset : x;
   RowPacks<T, InRegisters> row(plan, h_row, 2 * kReduceBytes<A>);
 

@@ -21,6 +21,7 @@ struct RowShare {
     there = row < last_row;
   }
 
+  // Its place in a strided tensor; nullptr if the tensor was not given.
   __device__ const T* of(const StridedRows& rows) const { return row_of<T>(rows, row); }
 
   // Elements from a column on: of its pack, and perhaps of later ones; not positive where there are none.

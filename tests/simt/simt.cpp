@@ -185,6 +185,7 @@ void add_block(const Launch& what, Index index) {
   block.running += threads;
   state.running += threads;
   ++counts.blocks;
+  counts.threads += threads;
 }
 
 // Takes the next lane to run out of those that can.

@@ -48,7 +48,7 @@ extern Config config;
 
 // What launches did since the last reset.
 struct Counts {
-  uint64_t launches, blocks, switches;
+  uint64_t launches, blocks, threads, switches;
   uint64_t bytes_loaded, bytes_stored;       // global memory
   uint64_t shared_accesses, bank_conflicts;  // of warps; cycles beyond the first that they took
   uint64_t most_shared_bytes;                // of a block

@@ -37,7 +37,7 @@ struct Keep {
   A scale;  // of what is kept; at p = 1, where it is infinite, nothing is
 
   explicit Keep(const Dropout& dropout)
-      : seed_address(dropout.p > 0 ? static_cast<const uint64_t*>(dropout.seed_address) : nullptr),
+      : seed_address(static_cast<const uint64_t*>(dropout.seed_address)),
         threshold(uint32_t(dropout.p * 65536.0 + 0.5)),
         scale(A(1.0 / (1.0 - dropout.p))) {}
 
