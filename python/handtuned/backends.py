@@ -161,7 +161,14 @@ def cuda_status() -> str | None:
 def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"input is on {device.type}"
-    return why_no_cuda_kernel(op) or _why_not_dtype(dtype)
+    return why_no_cuda_kernel(op) or _why_not_capability(device) or _why_not_dtype(dtype)
+
+
+def _why_not_capability(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # a tensor on such a device cannot be here, and nobody can be asked
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the device is sm_{major}{minor}, the CUDA kernels need sm_80"
 
 
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
