@@ -101,10 +101,14 @@ Tensor empty(Shape sizes, ScalarType dtype) {
   return empty_strided(sizes, Shape(strides, ndim), dtype);
 }
 
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
-  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
+void check_rate(const char* op, const char* name, double p) {
+  HT_CHECK(p >= 0 && p <= 1, op, name, " is ", p, ", the limits are 0 and 1; pass a probability");
+}
+
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, const char* name) {
+  check_rate(op, name, p);
   if (p == 0) return {};
-  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
+  HT_CHECK(bool(seed), op, name, " is ", p, " but seed is None; pass an int64 tensor with one element");
   HT_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
            to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
            ", expected one int64 element on the device of input; draw it with torch.randint");

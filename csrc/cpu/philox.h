@@ -33,15 +33,14 @@ HT_INLINE PhiloxBlock philox(PhiloxBlock c, uint64_t seed) {
   return c;
 }
 
-// factor[c] = 1 / (1 - p) where element (row, first + c) is kept, else 0, for c < cols rounded up to kDropoutBlock, of
+// factor[c] = scale where element (row, first + c) is kept, else 0, for c < cols rounded up to kDropoutBlock, of
 // which first is a multiple; Paired: in the row order of row.h.
 inline constexpr int64_t kDropoutBlock = 128;
 
 template <bool Paired, class A>
-inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, int64_t first = 0) {
+inline void kept_row(A* factor, A scale, int64_t cols, int64_t row, Dropout dropout, int64_t first) {
   constexpr int L = kLanes<float>;
   const int32_t threshold = int32_t(dropout.p * 65536.0 + 0.5);
-  const A scale = dropout.p < 1 ? A(1.0 / (1.0 - dropout.p)) : A(0);
   const u64 row_low = u64{} + uint64_t(uint32_t(row)), row_high = u64{} + (uint64_t(row) >> 32);
   // Vector l of a run of sixteen columns holds columns l * L + i, or, paired, column 2 * i + l, in lane i.
   static_assert(!Paired || L == 8);
@@ -71,6 +70,12 @@ inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, i
       }
     }
   }
+}
+
+// With the scale that keeps the expectation.
+template <bool Paired, class A>
+HT_INLINE void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, int64_t first = 0) {
+  kept_row<Paired, A>(factor, dropout.p < 1 ? A(1.0 / (1.0 - dropout.p)) : A(0), cols, row, dropout, first);
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -14,6 +14,7 @@ from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import forward_ad
 
 from .. import backends, ops
+from .functional.variants import PLAIN
 from .packing import still_kept
 
 STACK = "stack"  # the name under which a module's weights are kept
@@ -27,7 +28,7 @@ def _packed(module: Any, input: Any, dims: int) -> Tensor | None:
         return None
     if _any_autocast() or _transforms_active() or forward_ad._current_level >= 0 or not input.is_cpu:
         return None
-    if input.ndim != dims or input.shape[-1] != module.input_size:
+    if module.variant is not PLAIN or input.ndim != dims or input.shape[-1] != module.input_size:
         return None
     return still_kept(module, STACK, module._parameters, input.dtype)
 
@@ -55,8 +56,9 @@ def run_straight(module: Any, input: Any, hx: Any) -> Any:
     return output, ((hn, cn) if mode == "LSTM" else hn)
 
 
-def run_cell_straight(module: Any, mode: str, input: Any, hx: Any) -> Any:
+def run_cell_straight(module: Any, input: Any, hx: Any) -> Any:
     """The same of the cells."""
+    mode = module._mode()
     packed, states = _packed(module, input, 2), _states(mode, hx)
     if packed is None or states is None:
         return None

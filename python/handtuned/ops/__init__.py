@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
+from .cells import CELLS, RATES, Cell
 from .common import Arguments
 from .linear import (
     LINEAR_OPS,
@@ -32,9 +33,7 @@ from .norm import (
     rms_norm_inference,
 )
 from .rnn import (
-    GATES,
     RNN_OPS,
-    SAVED,
     RnnArguments,
     RnnCellArguments,
     packed_bytes,
@@ -56,12 +55,13 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
 
 __all__ = [
     "ATTENTION_OPS",
-    "GATES",
+    "CELLS",
     "LINEAR_OPS",
     "NORM_OPS",
     "OPS",
+    "RATES",
     "RNN_OPS",
-    "SAVED",
+    "Cell",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
