@@ -79,7 +79,8 @@ LINEAR = Family(
     + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
     "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
     "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
-    "with. onnxruntime has no single node of it. Faults are page faults per call.",
+    "with. Cross-entropy rows are rows x in x classes; torch keeps the logits for the backward, handtuned makes them "
+    "again, which is not counted as work. onnxruntime has no single node of it. Faults are page faults per call.",
 )
 RNN = Family(
     "rnn",

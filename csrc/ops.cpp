@@ -81,6 +81,33 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor preactivation,"
       " int activation, float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+
+  // Cross-entropy of linear(input, linear_weight, linear_bias), which is never stored. input [*, K], linear_weight
+  // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number;
+  // stats is [2, rows], the largest logit and the sum of e^(logit - largest), 0 where target is ignore_index; both
+  // float32 (float64 for float64). softcap 0: none. z_loss times the log-sum-exp's square is added to each loss.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss)"
+      " -> (Tensor loss, Tensor stats)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+      " Tensor target, Tensor? weight, Tensor stats, int reduction, int ignore_index, float label_smoothing,"
+      " float softcap, float z_loss, bool need_input, bool need_linear_weight, bool need_linear_bias)"
+      " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+
+  // Rotary positions. input [*, D]; cos, sin [.., R / 2], R <= D, broadcast to input's rows, of its dtype or float32
+  // beside 16 bits. output like input, strides too. inverse: turned back, which is the gradient.
+  m.def("rotary(Tensor input, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor output");
+  // Writes key and value [B, Hk, Lnew, D] into caches [B, Hk, Lmax, D], or pages [P, Hk, page, D] beside block_table
+  // [B, max_pages], behind the cache_lengths [B] keys that are there, key turned at its position by the rows of cos and
+  // sin [positions, R / 2]. output is query [B, H, Lq, D] turned likewise (in_order: its rows stand at
+  // consecutive positions, else all at the first), or [0] without tables. new_lengths int64 are those after it.
+  m.def(
+      "append_kv(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+      " Tensor cache_lengths, Tensor? block_table, Tensor? cos, Tensor? sin, bool interleaved, bool in_order)"
+      " -> (Tensor output, Tensor new_lengths)");
+
   // One layer stack of LSTM, GRU or RNN over whole sequences. See rnn.h for the maths and docs/rnn.md for shapes.
   //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them, then a space and a word for each
   //   thing

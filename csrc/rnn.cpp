@@ -74,7 +74,7 @@ void take_rates(const char* op, Rnn& p, const std::string& mode, double dropout_
       check_rate(op, kNames[i], rate);
       to[i]->p = rate;
     } else {
-      *to[i] = dropout_of(op, rate, seed, kNames[i]);
+      *to[i] = dropout_of(op, rate, seed, {}, kNames[i]);
     }
   }
   HT_CHECK(p.cell_zoneout.p == 0 || has_cell_state(p.cell), op, "cell_zoneout is ", p.cell_zoneout.p, " but mode is ",
@@ -257,10 +257,12 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.directions = 1 + bidirectional;
   take_mode(op, p, mode);
   take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
-  p.weight_dropout = dropout_of(op, weight_dropout, seed, "weight_dropout");
+  p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
   const RnnHeader header = header_of(p);
-  std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);
+  // What fills up columns is 0, so that equal calls give equal bytes.
+  const bool fills_up = p.hidden % 64 || p.state % 64;
+  std::memset(packed.data_ptr(), 0, fills_up ? packed.numel() : kRnnHeaderBytes);
   std::memcpy(packed.data_ptr(), &header, sizeof header);
   p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
   kernels().rnn_pack(p);
