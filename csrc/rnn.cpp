@@ -260,7 +260,9 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
   const RnnHeader header = header_of(p);
-  std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);
+  // What fills up columns is 0, so that equal calls give equal bytes.
+  const bool fills_up = p.hidden % 64 || p.state % 64;
+  std::memset(packed.data_ptr(), 0, fills_up ? packed.numel() : kRnnHeaderBytes);
   std::memcpy(packed.data_ptr(), &header, sizeof header);
   p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
   kernels().rnn_pack(p);

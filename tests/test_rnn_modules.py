@@ -21,7 +21,7 @@ from handtuned.nn import rnn_straight
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 
-# ---- as torch's ------------------------------------------------------------------------------------------------------
+# ---- as torch's ---
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", {}),
@@ -120,10 +120,7 @@ def test_the_straight_way_is_the_general_one(isa: str, kind: str, options: dict[
     module = getattr(nn, kind)(4, 6, **options)
     cell = kind.endswith("Cell")
     x = torch.randn(3, 4) if cell else torch.randn(1, 3, 4)
-    straight = functools.partial(
-        rnn_straight.run_cell_straight if cell else rnn_straight.run_straight,
-        *((module, {"LSTMCell": "LSTM", "GRUCell": "GRU", "RNNCell": "RNN_TANH"}[kind]) if cell else (module,)),
-    )
+    straight = functools.partial(rnn_straight.run_cell_straight if cell else rnn_straight.run_straight, module)
     assert straight(x, None) is None  # nothing is packed yet
     with torch.no_grad():
         state = module(x) if cell else module(x)[1]

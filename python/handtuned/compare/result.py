@@ -9,7 +9,7 @@ Its keys, and what they hold:
     rows          one per pass of a group of modules or of a whole model:
         model             the pretrained model's name
         name              module name, with * for the numbers in which the modules of a group differ; "attention,
-                          batch <n>"; "whole model, batch <n>" and "speaker encoder, batch <n>": all of one; "generation,
+                          batch <n>"; "whole model, batch <n>", "speaker encoder, batch <n>": all of one; "generation,
                           prefill": a prompt, "generation, decode": tokens one by one behind it
         modules           the names of the modules measured; empty for a whole model
         kind              the replaced class; of attention, the class that calls it

@@ -82,8 +82,10 @@ def _packed(module: _Recurrent, weights: list[Tensor], bias: bool, bidirectional
 
 
 def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
-    if lengths is None and (found := run_straight(module, input, hx)) is not None:
-        return found
+    if lengths is None:
+        found = run_straight(module, input, hx)
+        if found is not None:
+            return found
     module._update_flat_weights()
     weights = module._flat_weights
     packed, spent = _packed(module, weights, module.bias, module.bidirectional)
@@ -94,7 +96,8 @@ def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
 
 
 def _run_cell(module: Any, input: Tensor, hx: Any) -> Any:
-    if (found := run_cell_straight(module, module._mode(), input, hx)) is not None:
+    found = run_cell_straight(module, input, hx)
+    if found is not None:
         return found
     weights = [module.weight_ih, module.weight_hh]
     if module.bias_ih is not None:

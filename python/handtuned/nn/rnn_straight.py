@@ -1,7 +1,6 @@
 """The straight way of the recurrent modules. Of a streaming step, what lies between the caller and the kernel can take
-longer than the kernel: so a plain call (no gradient, no switch, nothing traced, no variant, weights packed by a call
-before and not written since) is one op. Whatever is not as expected is None here and goes the general way, which says
-what is wrong.
+longer than the kernel: so a plain call (no gradient, no switch, nothing traced, weights packed by a call before and not
+written since) is one op. Whatever is not as expected is None here and goes the general way, which says what is wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def _packed(module: Any, input: Any, dims: int) -> Tensor | None:
         return None
     if _any_autocast() or _transforms_active() or forward_ad._current_level >= 0 or not input.is_cpu:
         return None
-    if input.ndim != dims or input.shape[-1] != module.input_size or module.variant is not PLAIN:
+    if module.variant is not PLAIN or input.ndim != dims or input.shape[-1] != module.input_size:
         return None
     return still_kept(module, STACK, module._parameters, input.dtype)
 
@@ -57,8 +56,9 @@ def run_straight(module: Any, input: Any, hx: Any) -> Any:
     return output, ((hn, cn) if mode == "LSTM" else hn)
 
 
-def run_cell_straight(module: Any, mode: str, input: Any, hx: Any) -> Any:
+def run_cell_straight(module: Any, input: Any, hx: Any) -> Any:
     """The same of the cells."""
+    mode = module._mode()
     packed, states = _packed(module, input, 2), _states(mode, hx)
     if packed is None or states is None:
         return None

@@ -56,9 +56,9 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    ({"rnn_cell": rnn_cell}, RnnCellArguments),
     (CROSS_ENTROPY_OPS, CrossEntropyArguments),
     (ROTARY_OPS, RotaryArguments),
-    ({"rnn_cell"}, RnnCellArguments),
     (RNN_OPS, RnnArguments),
 )
 
