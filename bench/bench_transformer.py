@@ -170,7 +170,9 @@ def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
         ours=function(op, twin),
         inputs=(x.requires_grad_(op.backward), *module.parameters()),
         grad_outputs=(grad,) if op.backward else None,
-        onnx=None if op.backward or op.kept or op.dtype != FP32 or op.norm_first else onnx_graph(op, module, x.detach()),
+        onnx=None
+        if op.backward or op.kept or op.dtype != FP32 or op.norm_first
+        else onnx_graph(op, module, x.detach()),
         module=OfOne(op, module) if op.dtype == FP32 and not op.backward else None,
         module_inputs=(x.detach(),),
         no_compile=no_compile,
@@ -238,6 +240,7 @@ def onnx_graph(op: Op, module: nn.Module, x: Tensor) -> OnnxGraph:
 # ---- a real model ----------------------------------------------------------------------------------------------------
 
 MINILM = "MiniLM, 32 sentences fwd"
+PACKED = "MiniLM, 32 sentences, packed fwd"  # by handtuned; the others compute the padding too
 
 
 class Encoder(nn.Module):
@@ -252,20 +255,28 @@ class Encoder(nn.Module):
         return hidden * mask[..., None]
 
 
-def prepare_minilm(no_compile: str = "") -> tuple[Case, gate.Truth, Target]:
+class PackedEncoder(Encoder):
+    """The same without computing the padding."""
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        rows = self.model(**integration.packed(ids, mask, types)).last_hidden_state[0]
+        return rows.new_zeros(*mask.shape, rows.shape[-1]).index_put((mask.bool(),), rows)
+
+
+def prepare_minilm(packed: bool = False, no_compile: str = "") -> tuple[Case, gate.Truth, Target]:
     """all-MiniLM-L6-v2 on the sentences of `handtuned compare`, end to end from ids to hidden states."""
     minilm = models.minilm()
     given = minilm.inputs(32)
     inputs = (given["input_ids"], given["token_type_ids"], given["attention_mask"])
     module = Encoder(minilm.module)
-    twin = copy.deepcopy(module)
+    twin = (PackedEncoder if packed else Encoder)(copy.deepcopy(minilm.module))
     integration.replace(twin.model)
     with torch.no_grad():
         torchs, exact = module(*inputs), copy.deepcopy(module).double()(*inputs)
     lengths, width = inputs[2].sum(1).tolist(), torchs.shape[-1]
     work = LAYERS * (24 * sum(lengths) * width * width + 4 * sum(n * n for n in lengths) * width)
     made = Case(
-        op=MINILM,
+        op=PACKED if packed else MINILM,
         dtype=FP32,
         shape=tuple(torchs.shape),
         eager=lambda *values: (module(*values),),
@@ -334,12 +345,13 @@ def test_transformer(op: Op, transformer_room: Room, benchmark: BenchmarkFixture
     transformer_room.measure(made, truth, Target(op.target, op.work, limit), benchmark)
 
 
-def test_minilm(transformer_room: Room, benchmark: BenchmarkFixture) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_minilm(packed: bool, transformer_room: Room, benchmark: BenchmarkFixture) -> None:
     if transformer_room.quick:
         pytest.skip("not in --quick")
     pytest.importorskip("transformers", reason="transformers is not installed")
     try:
-        made, truth, target = prepare_minilm()
+        made, truth, target = prepare_minilm(packed, "left out: compiled for the row above" if packed else "")
     except models.ModelUnavailable as error:
         pytest.skip(str(error))
     transformer_room.measure(made, truth, target, benchmark)

@@ -324,5 +324,12 @@ OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
-TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime(), OpenVino())
+TRANSFORMER_PEERS: tuple[Peer, ...] = (
+    WithoutFastPath(),
+    Handtuned(),
+    FastPath(),
+    Compiled(),
+    OnnxRuntime(),
+    OpenVino(),
+)
 RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())

@@ -66,10 +66,11 @@ def test_work_is_what_the_result_needs() -> None:
     assert work("encoder of 6, padding fwd", (32, 25, 384)) == expected
 
 
-def test_every_side_computes_the_same_of_a_real_model() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_every_side_computes_the_same_of_a_real_model(packed: bool) -> None:
     pytest.importorskip("transformers")
     try:
-        case, truth, target = bench_transformer.prepare_minilm(no_compile="not in this test")
+        case, truth, target = bench_transformer.prepare_minilm(packed, no_compile="not in this test")
     except bench_transformer.models.ModelUnavailable as error:
         pytest.skip(str(error))
     assert target.work > 1e10
