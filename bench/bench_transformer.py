@@ -259,7 +259,7 @@ class PackedEncoder(Encoder):
     """The same without computing the padding."""
 
     def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
-        rows = self.model(**integration.packed(ids, mask, types)).last_hidden_state[0]
+        rows: Tensor = self.model(**integration.packed(ids, mask, types)).last_hidden_state[0]
         return rows.new_zeros(*mask.shape, rows.shape[-1]).index_put((mask.bool(),), rows)
 
 

@@ -72,9 +72,9 @@ TRANSFORMER = Family(
     "torch eager is torch.nn's module with its fast path switched off, the fast path the same module as it comes. "
     "torch.compile takes the parameters for constants in forward rows. onnxruntime's graph is made of its own fused "
     "nodes; OpenVINO converts the module and is no requirement: pip install openvino for its column. MiniLM is a whole "
-    "model on real sentences, from ids to hidden states. The limit is the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor "
-    "multiplies bf16 with, measured in the same run; operations are useful ones, those of padding not counted. Faults "
-    "are page faults per call.",
+    "model on real sentences, from ids to hidden states. The limit is the multiply-add peak of all threads, of float32 "
+    "or, for bf16 rows, of what the processor multiplies bf16 with, measured in the same run; operations are useful "
+    "ones, those of padding not counted. Faults are page faults per call.",
 )
 LINEAR = Family(
     "linear",

@@ -212,7 +212,7 @@ class OnnxRuntime:
         if case.onnx is None:
             raise Unavailable("forward only" if case.grad_outputs else "has no such op")
         try:
-            import onnx
+            import onnx  # noqa: F401 (the graph is made with it)
             import onnxruntime  # type: ignore[import-untyped,unused-ignore]
         except ImportError as error:
             raise Unavailable(f"not installed: {error}") from error

@@ -155,9 +155,9 @@ def attention(
                 "handtuned.integrations.transformers: output_attentions is True, but a packed batch has no matrix of "
                 "weights; pass the batch with padding"
             )
-        heads = [x[0].transpose(0, 1) for x in (query, key, value)]
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         options: dict[str, Any] = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout)
-        rows = attention_varlen(*heads, cu_seq_lens_q, cu_seq_lens_k, is_causal=is_causal, **options)
+        rows = attention_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, is_causal=is_causal, **options)
         return torch.as_tensor(rows)[None], None
     causal = is_causal and attention_mask is None and query.shape[2] > 1
     both = _added(attention_mask, position_bias)
