@@ -91,11 +91,13 @@ LINEAR = Family(
 RNN = Family(
     "rnn",
     "Recurrent benchmarks",
-    (("vs cells", "torch cells"), ("vs onnxruntime", "onnxruntime")),
+    (("vs cells", "torch cells"), ("vs onnxruntime", "onnxruntime"), ("vs plain", "plain layer")),
     "% of FMA peak",
     _COMMON
     + "torch eager is the operator below torch.nn.LSTM, GRU or RNN (oneDNN where torch has it), rows of several "
-    "lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Shapes are steps x batch "
+    "lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Of variants, which torch "
+    "does not have, torch eager is the formula in its operators, step by step, and plain is handtuned's layer without "
+    "the option. Shapes are steps x batch "
     "x input x hidden. Weights are packed before the timing starts in inference, as a module does, and in each round "
     "trip of forward and backward. Operations are 2·(input + state)·gates·hidden a valid step forward, three times "
     "that with the backward. With one row the limit is in truth how fast weights come from the cache. onnxruntime has "

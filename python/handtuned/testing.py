@@ -167,33 +167,58 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
         ("LSTM", (2, 0, 3, 4, 0), (1, False, True), f32, {}),
         ("GRU", (2, 1, 0, 4, 0), (1, False, True), f32, {}),
         ("LSTM", (0, 2, 3, 4, 0), (1, False, True), f32, {"states": True}),
+        (
+            "LSTM coupled peepholes",
+            (3, 2, 5, 7, 3),
+            (2, True, False),
+            f32,
+            {"rates": (0.1, 0.2, 0.3, 0.4), "seed": seed},
+        ),
+        (
+            "LSTM peepholes hardtanh",
+            (3, 2, 5, 7, 0),
+            (1, False, True),
+            bf16,
+            {"states": True, "rates": (0.1, 0.2, 0, 0)},
+        ),
+        (
+            "GRU hardsigmoid",
+            (None, 3, 3, 4, 0),
+            (1, True, True),
+            f32,
+            {"lengths": ints(3, 2, 1), "rates": (0.5, 0, 0, 0)},
+        ),
+        ("RNN_TANH hardtanh", (3, 2, 5, 9, 0), (2, False, True), f64, {"rates": (0.1, 0, 0.5, 0.5), "seed": seed}),
     ]
     for mode, (steps, batch, width, hidden, proj), (layers, two, bias), dtype, more in cases:
-        lengths, p = more.get("lengths"), more.get("dropout_p", 0.0)
-        key = seed if p else None
+        lengths, p, rates, cell = more.get("lengths"), more.get("dropout_p", 0.0), more.get("rates"), ops.CELLS[mode]
+        key = seed if p else more.get("seed")
         directions, state = 1 + two, proj or hidden
         x = draw(*((6,) if steps is None else (steps, batch)), width, dtype=dtype)
         if steps == 3:  # batch first, as many callers have it
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
         h0, c0 = (draw(layers * directions, batch, n, dtype=dtype) for n in (state, hidden))
-        states = (h0 if more.get("states") else None, c0 if more.get("states") and mode == "LSTM" else None)
-        rows, weights = ops.GATES[mode] * hidden, []
+        states = (h0 if more.get("states") else None, c0 if more.get("states") and cell.is_lstm else None)
+        rows, weights = cell.gates * hidden, []
         for layer in range(layers):
             for _ in range(directions):
                 weights += [draw(rows, directions * state if layer else width, dtype=dtype) / 4]
                 weights += [draw(rows, state, dtype=dtype) / 4]
                 weights += [draw(rows, dtype=dtype) for _ in range(2 * bias)]
                 weights += [draw(proj, hidden, dtype=dtype)] if proj else []
-        yield ops.rnn_pack, (weights, mode, two, bias), {}
-        packed = ops.rnn_pack(weights, mode, two, bias)
-        given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, key)
-        yield ops.rnn, (*given, False), {}
-        yield ops.rnn, (*given, True), {}
-        output, hn, cn, saved = ops.rnn(*given, True)
-        grads = (draw(*output.shape, dtype=dtype), None, draw(*cn.shape, dtype=dtype) if mode == "LSTM" else None)
-        kept = (x, lengths, *states, weights, saved, mode, two, bias, p, key)
+                weights += [draw(cell.peephole_gates * hidden, dtype=dtype)] if cell.peepholes else []
+        packing = (weights, mode, two, bias, rates[-1] if rates else 0.0, key)
+        yield ops.rnn_pack, packing, {}
+        packed, cells = ops.rnn_pack(*packing), cell.is_lstm and steps != 0
+        given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, rates, key)
+        yield ops.rnn, (*given, False, False), {}
+        yield ops.rnn, (*given, True, cells), {}
+        output, hn, cn, all_cells, saved = ops.rnn(*given, True, cells)
+        grads = [draw(*t.shape, dtype=dtype) if cell.is_lstm else None for t in (cn, all_cells)]
+        grads = [draw(*output.shape, dtype=dtype), None, grads[0], grads[1] if cells else None]
+        kept = (x, lengths, *states, weights, saved, mode, two, bias, p, rates, key)
         yield ops.rnn_backward, (*grads, *kept, True, states[0] is not None, states[1] is not None, True), {}
-        yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, *kept, False, False, False, True), {}
+        yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, None, *kept, False, False, False, True), {}
 
 
 def _linear_samples(device: str) -> Iterator[Sample]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
+from .cells import CELLS, RATES, Cell
 from .common import Arguments
 from .cross_entropy import (
     CROSS_ENTROPY_OPS,
@@ -37,7 +38,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
 OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **ROTARY_OPS, **RNN_OPS}
@@ -52,14 +53,15 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
 
 __all__ = [
     "ATTENTION_OPS",
+    "CELLS",
     "CROSS_ENTROPY_OPS",
-    "GATES",
     "LINEAR_OPS",
     "NORM_OPS",
     "OPS",
+    "RATES",
     "RNN_OPS",
     "ROTARY_OPS",
-    "SAVED",
+    "Cell",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
