@@ -1,10 +1,16 @@
-"""Benchmarks of the recurrent layers: streaming steps, inference, training, lengths, against torch and onnxruntime."""
+"""Benchmarks of the recurrent layers: streaming steps, inference, training, lengths, against torch and onnxruntime.
+
+Rows of variants, which torch does not have, are held against the formula in torch's operators, step by step, and
+against handtuned's own plain layer.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cases
 import pytest
@@ -14,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from handtuned.nn.functional import PackedWeights
+from handtuned.nn.functional import pack_rnn_weights
 
 from . import gate
 from .peers import RNN_PEERS, Case, OnnxNode, Tensors
@@ -67,7 +73,27 @@ def _rows() -> list[Op]:
     return rows
 
 
-OPS = _rows()
+def _variants() -> list[Op]:
+    """Of each option the plain layer's time over the variant's: training where something is drawn."""
+    hard: dict[str, object] = {"activation": "hardtanh", "recurrent_activation": "hardsigmoid"}
+    forward: dict[str, dict[str, object]] = {
+        "hard": hard,
+        "coupled": {"coupled_gates": True},
+        "peepholes": {"peepholes": True},
+        "zoneout": {"zoneout": 0.1, "cell_zoneout": 0.1},
+        "cell states": {"return_cell_states": True},
+    }
+    both = forward | {"state dropout": {"recurrent_dropout": 0.2}, "weight dropout": {"weight_dropout": 0.2}}
+    del both["hard"], both["cell states"]
+    rows = []
+    for kinds, backward in ((forward, False), (both, True)):
+        for name, options in kinds.items():
+            case = rc.Case("LSTM", (128, 16, 256, 256), options=tuple(options.items()), training=backward)
+            rows.append(Op(f"LSTM {name} {'f+b' if backward else 'fwd'}", case, backward))
+    return rows
+
+
+OPS = _rows() + _variants()
 QUICK = {"LSTM step", "GRU step"}
 
 
@@ -75,7 +101,7 @@ def work(case: rc.Case, backward: bool) -> float:
     """Multiplications and additions that the result needs."""
     steps, batch, width, hidden = case.shape
     rows = sum(case.lengths) if case.lengths else steps * batch
-    each = rc.GATES[case.mode] * hidden * (width + case.state) + hidden * case.proj
+    each = case.cell.gates * hidden * (width + case.state) + hidden * case.proj
     return 2.0 * rows * each * (3 if backward else 1)
 
 
@@ -85,8 +111,8 @@ Names = tuple[str, ...]
 
 
 def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
-    if case.lengths or case.proj:
-        return "has neither lengths nor projections"
+    if case.lengths or case.proj or case.options:
+        return "has neither lengths nor projections nor options"
     if case.shape[0] > MOST_STEPS and case.shape[1] > 1:
         return "left out for this shape: a call takes long"
     operator = getattr(torch._VF, f"{case.mode.lower()}_cell")
@@ -111,11 +137,11 @@ GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_REL
 
 def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
     """ONNX's LSTM, GRU or RNN of one direction, float32."""
-    if case.lengths or case.proj or case.dtype != FP32:
+    if case.lengths or case.proj or case.options or case.dtype != FP32:
         return None
     steps, batch, _, hidden = case.shape
     w_ih, w_hh, b_ih, b_hh = (
-        torch.cat([w.chunk(rc.GATES[case.mode])[i] for i in GATE_ORDER[case.mode]]) for w in t.weights
+        torch.cat([w.chunk(case.cell.gates)[i] for i in GATE_ORDER[case.mode]]) for w in t.weights
     )
     attributes: dict[str, object] = {"hidden_size": hidden}
     attributes |= {"linear_before_reset": 1} if case.mode == "GRU" else {}
@@ -131,14 +157,22 @@ def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
     )
 
 
-def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
+def _sides(case: rc.Case, t: rc.Tensors, backward: bool) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
     """(torch's, ours) of input and weights; what does not depend on them is made before anything is timed."""
     hx = None if t.h0 is None else (t.h0, t.c0) if case.mode == "LSTM" else t.h0
-    packs, ours = PackedWeights(), rc.function(case.mode)
+    options: dict[str, Any] = {**dict(case.options), "training": case.training}
+    if not backward:
+        options["packed"] = pack_rnn_weights(case.mode, t.weights, **dict(case.options))
+    ours = functools.partial(rc.function(case.mode), **options)
+    if case.options:
+        return (
+            lambda x, *weights: rc.run_formula(case, dataclasses.replace(t, input=x, weights=weights))[:1],
+            lambda x, *weights: (ours(x, hx, weights)[0],),
+        )
     if not case.lengths:
         return (
             lambda x, *weights: rc.run_torch(case, dataclasses.replace(t, input=x, weights=weights))[:1],
-            lambda x, *weights: (ours(x, hx, weights, packs=packs)[0],),
+            lambda x, *weights: (ours(x, hx, weights)[0],),
         )
     sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
     operator = getattr(torch._VF, case.mode.lower())
@@ -150,7 +184,7 @@ def _sides(case: rc.Case, t: rc.Tensors) -> tuple[Callable[..., Tensors], Callab
 
     return (
         lambda x, *weights: operator(x, sequence.batch_sizes, state, list(weights), True, 1, 0.0, False, False)[:1],
-        lambda x, *weights: (ours(packed(x), None, weights, packs=packs)[0].data,),
+        lambda x, *weights: (ours(packed(x), None, weights)[0].data,),
     )
 
 
@@ -158,7 +192,7 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
     """What is timed, and what its results must be."""
     case = op.case
     t = rc.tensors(case, gate.DRAW)
-    eager, ours = _sides(case, t)
+    eager, ours = _sides(case, t, op.backward)
     x, grad = t.input, t.grad_output
     if case.lengths:
         sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
@@ -175,6 +209,7 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
         grad_outputs=(grad,) if op.backward else None,
         onnx=None if op.backward else onnx_node(case, t),
         cells=_torch_cells(case, t),
+        plain=prepare(dataclasses.replace(op, case=case.with_(options=())))[0] if case.options else None,
     )
     return made, _truth(case, t, made)
 
@@ -190,15 +225,19 @@ def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
         },
         weights=tuple(w.double() for w in t.weights),
     )
-    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled)
+    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled, True)
     wide_inputs = tuple(i.detach().double().requires_grad_(i.requires_grad) for i in made.inputs)
     grads = None if made.grad_outputs is None else tuple(g.double() for g in made.grad_outputs)
     wide = dataclasses.replace(made, eager=wide_eager, inputs=wide_inputs, grad_outputs=grads, dtype=torch.float64)
     names: Names = ("output",)
     if grads is not None:
         names += ("grad_input", *(f"grad_w{i}" for i in range(len(made.inputs) - 1)))
+    found = []
     with made.mode():
-        torchs, truth = (dict(zip(names, c.bind(c.eager)(), strict=True)) for c in (made, wide))
+        for side in (made, wide):
+            gate.seed()
+            found.append(dict(zip(names, side.bind(side.eager)(), strict=True)))
+    torchs, truth = found
     arrays = {name: tensor.detach().numpy() for name, tensor in truth.items()}
     return gate.Truth(names, {name: tensor.detach() for name, tensor in torchs.items()}, arrays)
 

@@ -75,6 +75,7 @@ class Case:
     fast_path: bool = False  # torch's modules have one for it
     freeze: bool = False  # torch.compile may take the parameters for constants
     cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
+    plain: Case | None = None  # of a variant: the same without it
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -190,6 +191,18 @@ class Cells:
         return case.bind(case.cells)
 
 
+class PlainLayer:
+    """handtuned's own layer without the variant that is measured; other results, as much of the work."""
+
+    name = "plain layer"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if case.plain is None:
+            raise Unavailable("is one")
+        return case.plain.bind(case.plain.ours)
+
+
 def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     if case.no_compile:
         raise Unavailable(case.no_compile)
@@ -296,4 +309,4 @@ EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
 TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())
-RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())
+RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime(), PlainLayer())

@@ -19,6 +19,13 @@ void advise_huge_pages(void* data, size_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+// Another handle of the same tensor, for torch's own ops.
+torch::stable::Tensor shared(const Tensor& tensor) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+  return torch::stable::Tensor(handle);
+}
 }  // namespace
 
 std::string to_string(Shape shape) {
@@ -96,6 +103,16 @@ Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device
   return tensor;
 }
 
+Tensor empty_like(const Tensor& tensor) {
+  const torch::stable::Tensor result = torch::stable::empty_like(shared(tensor));
+  AtenTensorHandle made;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &made));
+  Tensor owned(made);
+  const size_t bytes = size_t(owned.numel()) * size_of(owned.scalar_type());
+  if (bytes >= kAskForHugePages) advise_huge_pages(owned.data_ptr(), bytes);
+  return owned;
+}
+
 Tensor empty(Shape sizes, ScalarType dtype, Device device) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());
@@ -107,10 +124,14 @@ Tensor empty(Shape sizes, ScalarType dtype, Device device) {
   return empty_strided(sizes, Shape(strides, ndim), dtype, device);
 }
 
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device) {
-  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
+void check_rate(const char* op, const char* name, double p) {
+  HT_CHECK(p >= 0 && p <= 1, op, name, " is ", p, ", the limits are 0 and 1; pass a probability");
+}
+
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, const char* name, Device device) {
+  check_rate(op, name, p);
   if (p == 0) return {};
-  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
+  HT_CHECK(bool(seed), op, name, " is ", p, " but seed is None; pass an int64 tensor with one element");
   HT_CHECK(seed->device() == device, op, "seed is on ", to_string(seed->device()), ", input is on ", to_string(device),
            "; move it with .to(input.device)");
   HT_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
@@ -120,14 +141,6 @@ Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device 
   if (device.is_cpu()) std::memcpy(&dropout.seed, seed->data_ptr(), sizeof dropout.seed);
   return dropout;
 }
-
-namespace {
-torch::stable::Tensor shared(const Tensor& tensor) {
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
-  return torch::stable::Tensor(handle);
-}
-}  // namespace
 
 void fill(const Tensor& tensor, double value) {
   torch::stable::Tensor same = shared(tensor);

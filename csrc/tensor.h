@@ -94,6 +94,7 @@ bool equal(Shape a, Shape b);
 // take several times as long as a norm needs to fill it.
 Tensor empty(Shape sizes, ScalarType dtype, Device device = {});
 Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device = {});  // strides that leave no gaps
+Tensor empty_like(const Tensor& tensor);  // its dims in the same order in memory, without gaps
 inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype, Device device = {}) {
   return wanted ? empty(sizes, dtype, device) : empty({0}, dtype, device);
 }
@@ -105,7 +106,9 @@ Tensor contiguous(const Tensor& tensor);
 size_t size_of(ScalarType dtype);  // in bytes
 
 // The key of the dropout's generator; checks p and, where p > 0, the seed, which lies on `device`.
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device = {});
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, const char* name = "dropout_p",
+                   Device device = {});
+void check_rate(const char* op, const char* name, double p);
 
 // The tensor as rows of its last `row_ndim` dims. Where a row is not contiguous in memory (or more than
 // StridedRows::kMaxDims outer strides remain), `holder` takes one contiguous copy and the rows point into that.

@@ -1,5 +1,5 @@
-"""What is particular to the CUDA norms, in the emulator: rows of every width, every schedule, memory touched once, no bank
-conflict, planted bugs caught. Values on the shared cases are in test_norm.py, registers in test_cuda_budgets.py."""
+"""What is particular to the CUDA norms, in the emulator: rows of every width, every schedule, memory touched once, no
+bank conflict, planted bugs caught. Values on the shared cases are in test_norm.py, registers in test_cuda_budgets.py."""
 
 from __future__ import annotations
 
@@ -146,8 +146,8 @@ def test_sanitizers_find_nothing() -> None:
 
 @pytest.mark.parametrize("point", HUNTED, ids=lambda p: p.name)
 def test_planted_bug_is_caught(point: mutate.Point) -> None:
-    """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. Without
-    HANDTUNED_EVERY_MUTANT (make test-gpu-full) a sample."""
+    """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. A
+    sample, without HANDTUNED_EVERY_MUTANT (make test-gpu-full)."""
     assert hunted()[point.number] is not None
 
 

@@ -367,6 +367,16 @@ def test_the_kept_weight_follows_its_parameter(module: handtuned.nn.Linear, chan
     assert packing._kept[module]["weight"].made is not first
 
 
+def test_frozen_weights_are_packed_once(module: handtuned.nn.Linear) -> None:
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        compiled = torch.compile(module, fullgraph=True)
+        assert same_bits(compiled(ROWS), module(ROWS))
+        with torch.profiler.profile() as profile:
+            compiled(ROWS)
+    torch._dynamo.reset()
+    assert {e.key for e in profile.key_averages() if "handtuned" in e.key} == {"handtuned::linear_inference"}
+
+
 def test_an_address_that_comes_back_is_no_kept_weight(module: handtuned.nn.Linear) -> None:
     """A new weight may get the freed memory, and with it the key, of the one that was packed."""
     for _ in range(20):

@@ -40,13 +40,18 @@ HT_INLINE void philox(PhiloxBlock (&c)[N], uint64_t seed) {
 
 inline constexpr int64_t kDropoutBlock = 128;  // columns
 
-// What numbers become: 1 / (1 - p), or 0 below the threshold.
+// 1 / (1 - p), which keeps the expectation.
+template <class A>
+HT_INLINE A dropout_scale(Dropout d) {
+  return d.p < 1 ? A(1.0 / (1.0 - d.p)) : A(0);
+}
+
+// What numbers become: the scale, or 0 below the threshold.
 template <class A>
 struct DropoutFactor {
   int32_t threshold;
   A scale;
-  explicit DropoutFactor(Dropout d)
-      : threshold(int32_t(d.p * 65536.0 + 0.5)), scale(d.p < 1 ? A(1.0 / (1.0 - d.p)) : A(0)) {}
+  DropoutFactor(Dropout d, A scale) : threshold(int32_t(d.p * 65536.0 + 0.5)), scale(scale) {}
 
   // Of as many lanes as floats have.
   HT_INLINE void write(A* out, i32 number) const {
@@ -71,12 +76,12 @@ struct DropoutFactor {
   }
 };
 
-// factor[c] = 1 / (1 - p) where element (row, first + c) is kept, else 0, for c < cols rounded up to kDropoutBlock, of
+// factor[c] = scale where element (row, first + c) is kept, else 0, for c < cols rounded up to kDropoutBlock, of
 // which first is a multiple; Paired: in the row order of row.h.
 template <bool Paired, class A>
-inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, int64_t first = 0) {
+inline void kept_row(A* factor, A scale, int64_t cols, int64_t row, Dropout dropout, int64_t first) {
   constexpr int L = kLanes<float>;
-  const DropoutFactor<A> kept(dropout);
+  const DropoutFactor<A> kept(dropout, scale);
   const u64 row_low = u64{} + uint64_t(uint32_t(row)), row_high = u64{} + (uint64_t(row) >> 32);
   // Vector l of a run of sixteen columns holds columns l * L + i, or, paired, column 2 * i + l, in lane i.
   static_assert(!Paired || L == 8);
@@ -94,13 +99,18 @@ inline void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, i
   }
 }
 
+template <bool Paired, class A>
+HT_INLINE void dropout_row(A* factor, int64_t cols, int64_t row, Dropout dropout, int64_t first = 0) {
+  kept_row<Paired, A>(factor, dropout_scale<A>(dropout), cols, row, dropout, first);
+}
+
 // The same for a row to a lane: factor[c][lane] of elements (rows[lane], first + c), lines of `factor` pitch apart,
 // lanes a multiple of kLanes<float>. Eight lines come of one call of the generator, again without a shuffle.
 template <class A>
 inline void dropout_lanes(A* factor, int64_t pitch, int64_t cols, const int64_t* rows, int lanes, Dropout dropout,
                           int64_t first) {
   constexpr int L = kLanes<float>, N = kVectorBytes == 64 ? 2 : 1;  // as many chains as registers hold
-  const DropoutFactor<A> kept(dropout);
+  const DropoutFactor<A> kept(dropout, dropout_scale<A>(dropout));
   for (int lane = 0; lane < lanes; lane += L) {
     u64 low[2] = {}, high[2] = {};  // of the rows of lanes 0, 2, 4 ... and 1, 3, 5 ...
     for (int i = 0; i < L; ++i) {

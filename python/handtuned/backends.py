@@ -110,6 +110,11 @@ def record(calls: list[Call]) -> Iterator[None]:
         yield
 
 
+def runs_kernels() -> bool:
+    """False where the switch demands the formula, which reads no packed weights."""
+    return _state.backend != "reference"
+
+
 def triton_status() -> str | None:
     """None if Triton kernels can run on a device here, else why not."""
     if importlib.util.find_spec("triton") is None:

@@ -53,7 +53,7 @@ def _run_conv1d(self: Any, x: Tensor, **options: Any) -> Tensor:
     """Conv1D has the weight (in, out). Where no gradient leads to it, it is kept transposed, as that of a Linear."""
     weight = self.weight.T
     if not (torch.is_grad_enabled() and weight.requires_grad):
-        transposed = kept(self, "transposed", self.weight, lambda weight: weight.detach().T.contiguous())
+        transposed = kept(self, "transposed", (self.weight,), lambda weight: weight.detach().T.contiguous())
         weight = weight if transposed is None else transposed
     return F.linear(x, weight, self.bias, packed=packed_weight(self, "weight", weight, x), **options)
 
