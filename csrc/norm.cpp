@@ -152,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, const Ten
                                                   double dropout_p, const OptionalTensor& seed) {
   const char* op = "add_layer_norm";
   auto out = run_forward(op, true, Stats::keep, input, &residual, normalized_ndim, weight, bias, eps,
-                         dropout_of(op, dropout_p, seed, "dropout_p", input.device()));
+                         dropout_of(op, dropout_p, seed, input.device()));
   return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& input, const Tenso
                                                 const OptionalTensor& seed) {
   const char* op = "add_rms_norm";
   auto out = run_forward(op, false, Stats::keep, input, &residual, normalized_ndim, weight, {}, eps,
-                         dropout_of(op, dropout_p, seed, "dropout_p", input.device()));
+                         dropout_of(op, dropout_p, seed, input.device()));
   return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     int64_t normalized_ndim, const Tensor& stats, const OptionalTensor& weight, double dropout_p,
     const OptionalTensor& seed, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
   const char* op = "add_layer_norm_backward";
-  const Dropout dropout = dropout_of(op, dropout_p, seed, "dropout_p", new_residual.device());
+  const Dropout dropout = dropout_of(op, dropout_p, seed, new_residual.device());
   auto out = run_backward(op, true, grad_output, grad_new_residual, new_residual, normalized_ndim, stats, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, need_bias));
   return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight), std::move(out.bias)};
@@ -274,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const Tensor& grad_outp
                                                          double dropout_p, const OptionalTensor& seed, bool need_input,
                                                          bool need_residual, bool need_weight) {
   const char* op = "add_rms_norm_backward";
-  const Dropout dropout = dropout_of(op, dropout_p, seed, "dropout_p", new_residual.device());
+  const Dropout dropout = dropout_of(op, dropout_p, seed, new_residual.device());
   auto out = run_backward(op, false, grad_output, grad_new_residual, new_residual, normalized_ndim, rstd, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, false));
   return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight)};

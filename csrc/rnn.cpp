@@ -74,7 +74,7 @@ void take_rates(const char* op, Rnn& p, const std::string& mode, double dropout_
       check_rate(op, kNames[i], rate);
       to[i]->p = rate;
     } else {
-      *to[i] = dropout_of(op, rate, seed, kNames[i]);
+      *to[i] = dropout_of(op, rate, seed, {}, kNames[i]);
     }
   }
   HT_CHECK(p.cell_zoneout.p == 0 || has_cell_state(p.cell), op, "cell_zoneout is ", p.cell_zoneout.p, " but mode is ",
@@ -248,7 +248,7 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.directions = 1 + bidirectional;
   take_mode(op, p, mode);
   take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
-  p.weight_dropout = dropout_of(op, weight_dropout, seed, "weight_dropout");
+  p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
   const RnnHeader header = header_of(p);
   std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);

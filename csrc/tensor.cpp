@@ -20,7 +20,7 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Another handle of the same tensor, for torch's own ops.
+// A second handle of the same tensor, for functions of torch that want one of its own kind.
 torch::stable::Tensor shared(const Tensor& tensor) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
@@ -104,12 +104,12 @@ Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device
 }
 
 Tensor empty_like(const Tensor& tensor) {
-  const torch::stable::Tensor result = torch::stable::empty_like(shared(tensor));
   AtenTensorHandle made;
+  const torch::stable::Tensor result = torch::stable::empty_like(shared(tensor));
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &made));
   Tensor owned(made);
   const size_t bytes = size_t(owned.numel()) * size_of(owned.scalar_type());
-  if (bytes >= kAskForHugePages) advise_huge_pages(owned.data_ptr(), bytes);
+  if (owned.is_cpu() && bytes >= kAskForHugePages) advise_huge_pages(owned.data_ptr(), bytes);
   return owned;
 }
 
@@ -128,7 +128,7 @@ void check_rate(const char* op, const char* name, double p) {
   HT_CHECK(p >= 0 && p <= 1, op, name, " is ", p, ", the limits are 0 and 1; pass a probability");
 }
 
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, const char* name, Device device) {
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device, const char* name) {
   check_rate(op, name, p);
   if (p == 0) return {};
   HT_CHECK(bool(seed), op, name, " is ", p, " but seed is None; pass an int64 tensor with one element");

@@ -106,8 +106,8 @@ Tensor contiguous(const Tensor& tensor);
 size_t size_of(ScalarType dtype);  // in bytes
 
 // The key of the dropout's generator; checks p and, where p > 0, the seed, which lies on `device`.
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, const char* name = "dropout_p",
-                   Device device = {});
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device = {},
+                   const char* name = "dropout_p");
 void check_rate(const char* op, const char* name, double p);
 
 // The tensor as rows of its last `row_ndim` dims. Where a row is not contiguous in memory (or more than
