@@ -75,6 +75,7 @@ class Case:
     fast_path: bool = False  # torch's modules have one for it
     freeze: bool = False  # torch.compile may take the parameters for constants
     cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
+    int8: Function | str = "has no such op"  # torch's product with an int8 weight, or why not
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -190,6 +191,18 @@ class Cells:
         return case.bind(case.cells)
 
 
+class Int8:
+    """torch's operators with the same int8 weight, the input as it is or quantised as well."""
+
+    name = "torch int8"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.int8, str):
+            raise Unavailable(case.int8)
+        return case.bind(case.int8)
+
+
 def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     if case.no_compile:
         raise Unavailable(case.no_compile)
@@ -294,6 +307,7 @@ def _first_line(error: Exception) -> str:
 OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
+LINEAR_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), Int8())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
 TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())
 RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())

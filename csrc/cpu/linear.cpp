@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 #include "linear_backward.h"
+#include "linear_int8.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -26,6 +27,17 @@ void linear_forward(const LinearForward& p) {
 
 void linear_backward(const LinearBackward& p) {
   with_tensors(p.dtype, [&](auto t) { linear_backward_in<decltype(t)>(p); });
+}
+
+void linear_int8_pack(const LinearInt8Pack& p) { linear_int8_pack_in(p); }
+
+void linear_int8(const LinearInt8& p) {
+  switch (p.dtype) {
+    case DType::f32: return linear_int8_in<float>(p);
+    case DType::bf16: return linear_int8_in<bf16>(p);
+    case DType::f16: return linear_int8_in<f16>(p);
+    case DType::f64: return;  // refused by the skin
+  }
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

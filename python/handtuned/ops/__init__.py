@@ -17,6 +17,7 @@ from .linear import (
     linear_inference,
     linear_pack,
 )
+from .linear_int8 import LINEAR_INT8_OPS, MOST_QUANTIZED, LinearInt8Arguments, linear_int8, linear_int8_pack
 from .norm import (
     NORM_OPS,
     NormArguments,
@@ -33,18 +34,21 @@ from .norm import (
 )
 from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **RNN_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **LINEAR_INT8_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    (LINEAR_INT8_OPS, LinearInt8Arguments),
     (RNN_OPS, RnnArguments),
 )
 
 __all__ = [
     "ATTENTION_OPS",
     "GATES",
+    "LINEAR_INT8_OPS",
     "LINEAR_OPS",
+    "MOST_QUANTIZED",
     "NORM_OPS",
     "OPS",
     "RNN_OPS",
@@ -62,6 +66,8 @@ __all__ = [
     "linear",
     "linear_backward",
     "linear_inference",
+    "linear_int8",
+    "linear_int8_pack",
     "linear_pack",
     "packed_bytes",
     "rms_norm",

@@ -3,6 +3,7 @@ backward and devices without a kernel. Differentiable, any dtype, any device, no
 
 from .attention import attention, attention_backward
 from .linear import linear, linear_backward, linear_inference, linear_pack
+from .linear_int8 import dequantize, linear_int8, linear_int8_pack, linear_int8_unpack, quantize_weight
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -25,6 +26,7 @@ __all__ = [
     "add_rms_norm_backward",
     "attention",
     "attention_backward",
+    "dequantize",
     "dropout_factor",
     "layer_norm",
     "layer_norm_backward",
@@ -32,7 +34,11 @@ __all__ = [
     "linear",
     "linear_backward",
     "linear_inference",
+    "linear_int8",
+    "linear_int8_pack",
+    "linear_int8_unpack",
     "linear_pack",
+    "quantize_weight",
     "recur",
     "rms_norm",
     "rms_norm_backward",
