@@ -1,6 +1,7 @@
 # Everything from a bare clone: python3, gcc, make and a package registry are enough.
 #   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
 #   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
+#   make test-gpu-full   every planted bug in the CUDA kernels, of which `make test` runs a sample
 #   make bench     the benchmark tables          make bench-report   the page made of them
 
 PYTHON ?= python3
@@ -11,9 +12,9 @@ ARGS ?=
 export HF_HUB_OFFLINE = 1
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build compare test lint format bench bench-report clean
+.PHONY: build compare test test-gpu-full lint format bench bench-report clean
 
 $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -25,8 +26,9 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine.
-$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES)
+# The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
+# kernels for the emulator in tests/simt.
+$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
@@ -37,6 +39,9 @@ compare: build
 
 test: $(VENV)/test-build.stamp lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gpu-full: $(VENV)/test-build.stamp
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_budgets.py
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

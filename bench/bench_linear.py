@@ -1,4 +1,5 @@
-"""Benchmarks of the linear family: a linear layer, and one with what follows it, at the shapes of transformers.
+"""Benchmarks of the linear family: a linear layer, and one with what follows it, at the shapes of transformers; the
+cross-entropy of a language model's head, against torch's linear and cross_entropy.
 
 The weight is packed once in forward rows, as the module keeps it, and in every call in rows with the backward. Work is
 2 · rows · in · out operations forward and three times that with the backward; with one row the limit is the read
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import cases
+import cross_entropy_cases as cc
 import linear_cases as lc
 import pytest
 import torch
@@ -187,3 +190,79 @@ def test_linear(op: Op, linear_room: Room, benchmark: BenchmarkFixture) -> None:
     left_out = "left out of --quick" if room.quick else "left out: each compilation takes seconds"
     made, truth = prepare(op, "" if op.size == COMPILED and not room.quick else left_out)
     room.measure(made, truth, target(op), benchmark)
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """One line of the table: rows x in x classes."""
+
+    case: cc.Case
+    backward: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"linear, cross-entropy {KINDS[self.backward]}"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.case.rows, self.case.in_features, self.case.classes)
+
+    @property
+    def id(self) -> str:
+        return f"cross-entropy-{KINDS[self.backward]}-{cases.SHORT[self.case.dtype]}-{gate.shape_name(self.shape)}"
+
+    @property
+    def target(self) -> Target:
+        """Operations that the result needs: the logits, and two products as large with the backward."""
+        work = 2 * math.prod(self.shape) * (3 if self.backward else 1)
+        fp32 = self.case.dtype == FP32
+        return Target(1.5 if self.backward and fp32 else None, work, "FMA" if fp32 else "dot")
+
+
+HEADS = ((1024, 768, 32000), (512, 2048, 32000))
+ENTROPIES = [
+    Entropy(cc.Case((rows,), k, classes, dtype), backward)
+    for dtype in (FP32, BF16)
+    for rows, k, classes in HEADS
+    for backward in (False, True)
+]
+
+
+@functools.lru_cache(maxsize=1)
+def draw_entropy(case: cc.Case) -> cc.Drawn:
+    drawn: cc.Drawn = cc.drawn.__wrapped__(case, gate.DRAW)  # not kept: float64 gradients of many classes are large
+    return drawn
+
+
+def prepare_entropy(op: Entropy) -> tuple[Case, gate.Truth]:
+    """What is timed, and what its results must be."""
+    case, drawn = op.case, draw_entropy(op.case)
+    t = drawn.tensors
+    leaves = {name: leaf.requires_grad_(op.backward) for name, leaf in t.leaves().items()}
+
+    def function(run: Callable[[cc.Case, dict[str, Tensor], cc.Tensors], Tensor]) -> Function:
+        return lambda *values: (run(case, dict(zip(leaves, values, strict=True)), t),)
+
+    made = Case(
+        op=op.name,
+        dtype=case.dtype,
+        shape=op.shape,
+        eager=function(cc.run_torch),
+        ours=function(cc.run),
+        inputs=tuple(leaves.values()),
+        grad_outputs=(t.grad_loss,) if op.backward else None,
+        no_compile="left out: each compilation takes seconds",
+    )
+    names = ("loss", *(f"grad_{name}" for name in leaves)) if op.backward else ("loss",)
+    return made, gate.Truth(names, drawn.torchs, drawn.truth)
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in ENTROPIES])
+def test_linear_cross_entropy(op: Entropy, room: Room, benchmark: BenchmarkFixture) -> None:
+    if room.quick:
+        pytest.skip("not in --quick")
+    made, truth = prepare_entropy(op)
+    room.measure(made, truth, op.target, benchmark)

@@ -1,4 +1,8 @@
-"""Benchmarks of the recurrent layers: streaming steps, inference, training, lengths, against torch and onnxruntime."""
+"""Benchmarks of the recurrent layers: streaming steps, inference, training, lengths, against torch and onnxruntime.
+
+Rows of variants, which torch does not have, are held against the formula in torch's operators, step by step, and
+against handtuned's own plain layer.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import cases
 import pytest
@@ -68,7 +73,27 @@ def _rows() -> list[Op]:
     return rows
 
 
-OPS = _rows()
+def _variants() -> list[Op]:
+    """Of each option the plain layer's time over the variant's: training where something is drawn."""
+    hard: dict[str, object] = {"activation": "hardtanh", "recurrent_activation": "hardsigmoid"}
+    forward: dict[str, dict[str, object]] = {
+        "hard": hard,
+        "coupled": {"coupled_gates": True},
+        "peepholes": {"peepholes": True},
+        "zoneout": {"zoneout": 0.1, "cell_zoneout": 0.1},
+        "cell states": {"return_cell_states": True},
+    }
+    both = forward | {"state dropout": {"recurrent_dropout": 0.2}, "weight dropout": {"weight_dropout": 0.2}}
+    del both["hard"], both["cell states"]
+    rows = []
+    for kinds, backward in ((forward, False), (both, True)):
+        for name, options in kinds.items():
+            case = rc.Case("LSTM", (128, 16, 256, 256), options=tuple(options.items()), training=backward)
+            rows.append(Op(f"LSTM {name} {'f+b' if backward else 'fwd'}", case, backward))
+    return rows
+
+
+OPS = _rows() + _variants()
 QUICK = {"LSTM step", "GRU step"}
 
 
@@ -76,7 +101,7 @@ def work(case: rc.Case, backward: bool) -> float:
     """Multiplications and additions that the result needs."""
     steps, batch, width, hidden = case.shape
     rows = sum(case.lengths) if case.lengths else steps * batch
-    each = rc.GATES[case.mode] * hidden * (width + case.state) + hidden * case.proj
+    each = case.cell.gates * hidden * (width + case.state) + hidden * case.proj
     return 2.0 * rows * each * (3 if backward else 1)
 
 
@@ -86,8 +111,8 @@ Names = tuple[str, ...]
 
 
 def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
-    if case.lengths or case.proj:
-        return "has neither lengths nor projections"
+    if case.lengths or case.proj or case.options:
+        return "has neither lengths nor projections nor options"
     if case.shape[0] > MOST_STEPS and case.shape[1] > 1:
         return "left out for this shape: a call takes long"
     operator = getattr(torch._VF, f"{case.mode.lower()}_cell")
@@ -112,11 +137,11 @@ GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_REL
 
 def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
     """ONNX's LSTM, GRU or RNN of one direction, float32."""
-    if case.lengths or case.proj or case.dtype != FP32:
+    if case.lengths or case.proj or case.options or case.dtype != FP32:
         return None
     steps, batch, _, hidden = case.shape
     w_ih, w_hh, b_ih, b_hh = (
-        torch.cat([w.chunk(rc.GATES[case.mode])[i] for i in GATE_ORDER[case.mode]]) for w in t.weights
+        torch.cat([w.chunk(case.cell.gates)[i] for i in GATE_ORDER[case.mode]]) for w in t.weights
     )
     attributes: dict[str, object] = {"hidden_size": hidden}
     attributes |= {"linear_before_reset": 1} if case.mode == "GRU" else {}
@@ -135,8 +160,15 @@ def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
 def _sides(case: rc.Case, t: rc.Tensors, backward: bool) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
     """(torch's, ours) of input and weights; what does not depend on them is made before anything is timed."""
     hx = None if t.h0 is None else (t.h0, t.c0) if case.mode == "LSTM" else t.h0
-    options = {} if backward else {"packed": pack_rnn_weights(case.mode, t.weights)}
+    options: dict[str, Any] = {**dict(case.options), "training": case.training}
+    if not backward:
+        options["packed"] = pack_rnn_weights(case.mode, t.weights, **dict(case.options))
     ours = functools.partial(rc.function(case.mode), **options)
+    if case.options:
+        return (
+            lambda x, *weights: rc.run_formula(case, dataclasses.replace(t, input=x, weights=weights))[:1],
+            lambda x, *weights: (ours(x, hx, weights)[0],),
+        )
     if not case.lengths:
         return (
             lambda x, *weights: rc.run_torch(case, dataclasses.replace(t, input=x, weights=weights))[:1],
@@ -177,6 +209,7 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
         grad_outputs=(grad,) if op.backward else None,
         onnx=None if op.backward else onnx_node(case, t),
         cells=_torch_cells(case, t),
+        plain=prepare(dataclasses.replace(op, case=case.with_(options=())))[0] if case.options else None,
     )
     return made, _truth(case, t, made)
 
@@ -199,8 +232,12 @@ def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
     names: Names = ("output",)
     if grads is not None:
         names += ("grad_input", *(f"grad_w{i}" for i in range(len(made.inputs) - 1)))
+    found = []
     with made.mode():
-        torchs, truth = (dict(zip(names, c.bind(c.eager)(), strict=True)) for c in (made, wide))
+        for side in (made, wide):
+            gate.seed()
+            found.append(dict(zip(names, side.bind(side.eager)(), strict=True)))
+    torchs, truth = found
     arrays = {name: tensor.detach().numpy() for name, tensor in truth.items()}
     return gate.Truth(names, {name: tensor.detach() for name, tensor in torchs.items()}, arrays)
 

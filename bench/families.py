@@ -79,18 +79,21 @@ LINEAR = Family(
     + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
     "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
     "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
-    "with. torch eager has the dequantised weight in int8 rows, torch int8 the same int8 weight: "
-    "_weight_int8pack_mm, or quantized.linear_dynamic where the input is quantised too. Faults are page faults per "
-    "call.",
+    "with. Cross-entropy rows are rows x in x classes; torch keeps the logits for the backward, handtuned makes them "
+    "again, which is not counted as work. torch eager has the dequantised weight in int8 rows, torch int8 the same "
+    "int8 weight: _weight_int8pack_mm, or quantized.linear_dynamic where the input is quantised too. Faults are page "
+    "faults per call.",
 )
 RNN = Family(
     "rnn",
     "Recurrent benchmarks",
-    (("vs cells", "torch cells"), ("vs onnxruntime", "onnxruntime")),
+    (("vs cells", "torch cells"), ("vs onnxruntime", "onnxruntime"), ("vs plain", "plain layer")),
     "% of FMA peak",
     _COMMON
     + "torch eager is the operator below torch.nn.LSTM, GRU or RNN (oneDNN where torch has it), rows of several "
-    "lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Shapes are steps x batch "
+    "lengths as a PackedSequence; cells are torch's LSTMCell, GRUCell or RNNCell in a loop. Of variants, which torch "
+    "does not have, torch eager is the formula in its operators, step by step, and plain is handtuned's layer without "
+    "the option. Shapes are steps x batch "
     "x input x hidden. Weights are packed before the timing starts in inference, as a module does, and in each round "
     "trip of forward and backward. Operations are 2·(input + state)·gates·hidden a valid step forward, three times "
     "that with the backward. With one row the limit is in truth how fast weights come from the cache. onnxruntime has "

@@ -76,6 +76,7 @@ class Case:
     freeze: bool = False  # torch.compile may take the parameters for constants
     cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
     int8: Function | str = "has no such op"  # torch's product with an int8 weight, or why not
+    plain: Case | None = None  # of a variant: the same without it
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
         return torch.no_grad() if self.grad_outputs is None else contextlib.nullcontext()
@@ -203,6 +204,18 @@ class Int8:
         return case.bind(case.int8)
 
 
+class PlainLayer:
+    """handtuned's own layer without the variant that is measured; other results, as much of the work."""
+
+    name = "plain layer"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if case.plain is None:
+            raise Unavailable("is one")
+        return case.plain.bind(case.plain.ours)
+
+
 def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
     if case.no_compile:
         raise Unavailable(case.no_compile)
@@ -310,4 +323,4 @@ PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
 LINEAR_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), Int8())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
 TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())
-RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime())
+RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime(), PlainLayer())

@@ -12,6 +12,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cuda_library.h"
 
 namespace py = pybind11;
 
@@ -102,6 +103,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_table", &isa_table);
   m.def("isa", [] { return kernels().isa; });
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"));
+  m.def("load_cuda", &load_cuda, py::arg("path"));
+  m.def("emulate_cuda", &emulate_cuda, py::arg("path"));
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 256, py::call_guard<py::gil_scoped_release>());
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("of_bf16") = false, py::call_guard<py::gil_scoped_release>());
 }

@@ -1,13 +1,14 @@
-// Norm family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
+// Norm family, the skin: check the arguments, allocate the outputs, fill the Params, call the table, the CPU's or the
+// CUDA library's.
 #include "norm.h"
 
-#include <algorithm>
-#include <cstring>
 #include <limits>
 #include <tuple>
 
 #include "boxing.h"
 #include "cpu/dispatch.h"
+#include "cuda/norm_plan.h"
+#include "cuda_library.h"
 #include "tensor.h"
 
 namespace handtuned {
@@ -30,9 +31,14 @@ Shape2d shape_of(const char* op, const Tensor& input, int64_t normalized_ndim) {
   return shape;
 }
 
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  HT_CHECK(tensor.device() == input.device(), op, name, " is on ", to_string(tensor.device()), ", input is on ",
+           to_string(input.device()), "; move it with .to(input.device)");
+}
+
 // Same shape, dtype and device as input.
 void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  check_device(op, name, tensor, input);
   HT_CHECK(equal(tensor.sizes(), input.sizes()), op, name, " has shape ", to_string(tensor.sizes()),
            ", expected the shape of input, ", to_string(input.sizes()), "; expand or reshape it first");
   HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
@@ -45,7 +51,7 @@ const void* parameter(const char* op, const char* name, const OptionalTensor& gi
   if (!given) return nullptr;
   const ScalarType own = given->scalar_type(), of_input = input.scalar_type();
   const bool sixteen_bit = of_input == ScalarType::BFloat16 || of_input == ScalarType::Half;
-  HT_CHECK(given->is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  check_device(op, name, *given, input);
   HT_CHECK(equal(given->sizes(), shape.normalized_shape), op, name, " has shape ", to_string(given->sizes()),
            ", expected normalized_shape ", to_string(shape.normalized_shape), "; pass a ", name, " of that shape");
   HT_CHECK(own == of_input || (sixteen_bit && own == ScalarType::Float), op, name, " is ", to_string(own),
@@ -58,16 +64,6 @@ const void* parameter(const char* op, const char* name, const OptionalTensor& gi
 
 ScalarType statistics_dtype(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Fills a contiguous tensor that holds no rows' worth of results.
-void fill(const Tensor& tensor, double value) {
-  const int64_t n = tensor.numel();
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double: std::fill_n(static_cast<double*>(tensor.data_ptr()), n, value); break;
-    case ScalarType::Float: std::fill_n(static_cast<float*>(tensor.data_ptr()), n, float(value)); break;
-    default: std::memset(tensor.data_ptr(), 0, n * size_of(tensor.scalar_type()));  // 16 bits: only ever zeros
-  }
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
@@ -100,10 +96,12 @@ ForwardOutputs run_forward(const char* op, bool centre, Stats stats, const Tenso
            "weight and bias differ in dtype; convert one with .to()");
   p.weight_dtype = weight ? dtype_of(op, "weight", *weight) : bias ? dtype_of(op, "bias", *bias) : p.dtype;
 
-  ForwardOutputs out{empty(input.sizes(), input.scalar_type()), std::nullopt, std::nullopt};
-  if (residual) out.new_residual = empty(input.sizes(), input.scalar_type());
+  const Place place = place_of(op, input);
+  ForwardOutputs out{empty(input.sizes(), input.scalar_type(), place.device), std::nullopt, std::nullopt};
+  if (residual) out.new_residual = empty(input.sizes(), input.scalar_type(), place.device);
   if (stats == Stats::keep)
-    out.stats = centre ? empty({2, p.rows}, statistics_dtype(input)) : empty({p.rows}, statistics_dtype(input));
+    out.stats = centre ? empty({2, p.rows}, statistics_dtype(input), place.device)
+                       : empty({p.rows}, statistics_dtype(input), place.device);
   if (p.rows == 0) return out;
   if (p.cols == 0) {  // no elements, so no statistics either
     if (out.stats) fill(*out.stats, std::numeric_limits<double>::quiet_NaN());
@@ -118,7 +116,11 @@ ForwardOutputs run_forward(const char* op, bool centre, Stats stats, const Tenso
     p.mean = centre ? saved : nullptr;
     p.rstd = centre ? saved + p.rows * size_of(out.stats->scalar_type()) : saved;
   }
-  kernels().norm_forward(p);
+  if (place.cuda) {
+    launch(op, place, place.cuda->norm_forward, p);
+  } else {
+    kernels().norm_forward(p);
+  }
   return out;
 }
 
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm(const Tensor& input, const Ten
                                                   double dropout_p, const OptionalTensor& seed) {
   const char* op = "add_layer_norm";
   auto out = run_forward(op, true, Stats::keep, input, &residual, normalized_ndim, weight, bias, eps,
-                         dropout_of(op, dropout_p, seed));
+                         dropout_of(op, dropout_p, seed, input.device()));
   return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
@@ -159,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& input, const Tenso
                                                 const OptionalTensor& seed) {
   const char* op = "add_rms_norm";
   auto out = run_forward(op, false, Stats::keep, input, &residual, normalized_ndim, weight, {}, eps,
-                         dropout_of(op, dropout_p, seed));
+                         dropout_of(op, dropout_p, seed, input.device()));
   return {std::move(out.output), std::move(*out.new_residual), std::move(*out.stats)};
 }
 
@@ -189,7 +191,8 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
   OptionalTensor weight_holder, grad_holder, input_holder, extra_holder;
   p.weight = parameter(op, "weight", weight, input, shape, weight_holder);
   p.weight_dtype = weight ? dtype_of(op, "weight", *weight) : p.dtype;
-  HT_CHECK(stats.is_cpu() && stats.is_contiguous() && stats.scalar_type() == statistics_dtype(input) &&
+  check_device(op, "saved statistics", stats, input);
+  HT_CHECK(stats.is_contiguous() && stats.scalar_type() == statistics_dtype(input) &&
                stats.numel() == p.rows * (centre ? 2 : 1),
            op, "the saved statistics are ", to_string(stats.scalar_type()), " of shape ", to_string(stats.sizes()),
            ", expected ", to_string(statistics_dtype(input)), " with ", centre ? 2 : 1, " x ", p.rows,
@@ -197,10 +200,11 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
 
   const ScalarType weight_type = weight ? weight->scalar_type() : input.scalar_type();
   const bool any_input = needs.normalised || needs.dropped;
-  BackwardOutputs out{empty_if(any_input, input.sizes(), input.scalar_type()),
-                      empty_if(needs.dropped, input.sizes(), input.scalar_type()),
-                      empty_if(needs.weight, shape.normalized_shape, weight_type),
-                      empty_if(needs.bias, shape.normalized_shape, weight_type)};
+  const Place place = place_of(op, input);
+  BackwardOutputs out{empty_if(any_input, input.sizes(), input.scalar_type(), place.device),
+                      empty_if(needs.dropped, input.sizes(), input.scalar_type(), place.device),
+                      empty_if(needs.weight, shape.normalized_shape, weight_type, place.device),
+                      empty_if(needs.bias, shape.normalized_shape, weight_type, place.device)};
   if (p.rows == 0 || p.cols == 0) {  // a sum over no rows is zero
     if (needs.weight) fill(out.weight, 0);
     if (needs.bias) fill(out.bias, 0);
@@ -216,9 +220,16 @@ BackwardOutputs run_backward(const char* op, bool centre, const Tensor& grad_out
   p.grad_dropped = needs.dropped ? out.dropped.data_ptr() : nullptr;
   p.grad_weight = needs.weight ? out.weight.data_ptr() : nullptr;
   p.grad_bias = needs.bias ? out.bias.data_ptr() : nullptr;
-  Tensor partials = empty({norm_backward_chunks(p.rows, p.cols), 2, norm_pitch(p.cols)}, statistics_dtype(input));
-  p.partials = partials.data_ptr();
-  kernels().norm_backward(p);
+  if (place.cuda) {
+    const int64_t chunks = cuda::chunks(p.rows, cuda::plan_backward(p.cols, p.dtype, dropout.p > 0));
+    Tensor partials = empty({chunks, 2, p.cols}, statistics_dtype(input), place.device);
+    p.partials = partials.data_ptr();
+    launch(op, place, place.cuda->norm_backward, p);
+  } else {
+    Tensor partials = empty({norm_backward_chunks(p.rows, p.cols), 2, norm_pitch(p.cols)}, statistics_dtype(input));
+    p.partials = partials.data_ptr();
+    kernels().norm_backward(p);
+  }
   return out;
 }
 
@@ -250,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     int64_t normalized_ndim, const Tensor& stats, const OptionalTensor& weight, double dropout_p,
     const OptionalTensor& seed, bool need_input, bool need_residual, bool need_weight, bool need_bias) {
   const char* op = "add_layer_norm_backward";
-  const Dropout dropout = dropout_of(op, dropout_p, seed);
+  const Dropout dropout = dropout_of(op, dropout_p, seed, new_residual.device());
   auto out = run_backward(op, true, grad_output, grad_new_residual, new_residual, normalized_ndim, stats, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, need_bias));
   return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight), std::move(out.bias)};
@@ -263,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const Tensor& grad_outp
                                                          double dropout_p, const OptionalTensor& seed, bool need_input,
                                                          bool need_residual, bool need_weight) {
   const char* op = "add_rms_norm_backward";
-  const Dropout dropout = dropout_of(op, dropout_p, seed);
+  const Dropout dropout = dropout_of(op, dropout_p, seed, new_residual.device());
   auto out = run_backward(op, false, grad_output, grad_new_residual, new_residual, normalized_ndim, rstd, weight,
                           dropout, add_needs(dropout, need_input, need_residual, need_weight, false));
   return {std::move(out.dropped), std::move(out.normalised), std::move(out.weight)};
@@ -271,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_backward(const Tensor& grad_outp
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
+void register_norm(torch::stable::detail::StableLibrary& m) {
   m.impl("layer_norm", HT_BOX(layer_norm));
   m.impl("layer_norm_inference", HT_BOX(layer_norm_inference));
   m.impl("layer_norm_backward", HT_BOX(layer_norm_backward));
@@ -283,5 +294,7 @@ STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
   m.impl("add_rms_norm", HT_BOX(add_rms_norm));
   m.impl("add_rms_norm_backward", HT_BOX(add_rms_norm_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) { register_norm(m); }
 
 }  // namespace handtuned

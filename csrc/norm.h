@@ -1,4 +1,4 @@
-// Norm family: the contract between the skin (norm.cpp) and the kernels (cpu/norm.h).
+// Norm family: the contract between the skin (norm.cpp) and the kernels (cpu/norm.h, cuda/norm.cu).
 //
 // A tensor is seen as [rows, cols]: cols are the elements that share one set of statistics. Pointers never alias:
 // every output is freshly allocated by the skin, contiguous, and owned by it; kernels own nothing.
@@ -40,7 +40,8 @@ struct NormBackward {
   void* grad_dropped;             // [rows, cols] dx through the dropout; nullptr without dropout
   void* grad_weight;              // [cols] weight_dtype, nullptr if not wanted
   void* grad_bias;                // [cols] weight_dtype, nullptr if not wanted
-  void* partials;                 // [norm_backward_chunks, 2, norm_pitch] f32 (f64 for f64), scratch
+  void* partials;                 // [norm_backward_chunks, 2, norm_pitch] f32 (f64 for f64), scratch; on CUDA
+                                  // [cuda::chunks, 2, cols]
 };
 
 // The backward sums dweight and dbias over rows in chunks whose borders depend on the shape alone, so the bits of

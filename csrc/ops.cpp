@@ -89,27 +89,66 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "linear_int8(Tensor input, Tensor packed, Tensor scale, Tensor? bias, Tensor? residual, int activation,"
       " float dropout_p, Tensor? seed, bool quantize_input, bool need_preactivation)"
       " -> (Tensor output, Tensor preactivation)");
+
+  // Cross-entropy of linear(input, linear_weight, linear_bias), which is never stored. input [*, K], linear_weight
+  // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number;
+  // stats is [2, rows], the largest logit and the sum of e^(logit - largest), 0 where target is ignore_index; both
+  // float32 (float64 for float64). softcap 0: none. z_loss times the log-sum-exp's square is added to each loss.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss)"
+      " -> (Tensor loss, Tensor stats)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
+      " Tensor target, Tensor? weight, Tensor stats, int reduction, int ignore_index, float label_smoothing,"
+      " float softcap, float z_loss, bool need_input, bool need_linear_weight, bool need_linear_bias)"
+      " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+
+  // Rotary positions. input [*, D]; cos, sin [.., R / 2], R <= D, broadcast to input's rows, of its dtype or float32
+  // beside 16 bits. output like input, strides too. inverse: turned back, which is the gradient.
+  m.def("rotary(Tensor input, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor output");
+  // Writes key and value [B, Hk, Lnew, D] into caches [B, Hk, Lmax, D], or pages [P, Hk, page, D] beside block_table
+  // [B, max_pages], behind the cache_lengths [B] keys that are there, key turned at its position by the rows of cos and
+  // sin [positions, R / 2]. output is query [B, H, Lq, D] turned likewise (in_order: its rows stand at
+  // consecutive positions, else all at the first), or [0] without tables. new_lengths int64 are those after it.
+  m.def(
+      "append_kv(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache,"
+      " Tensor cache_lengths, Tensor? block_table, Tensor? cos, Tensor? sin, bool interleaved, bool in_order)"
+      " -> (Tensor output, Tensor new_lengths)");
+
   // One layer stack of LSTM, GRU or RNN over whole sequences. See rnn.h for the maths and docs/rnn.md for shapes.
-  //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them
+  //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them, then a space and a word for each
+  //   thing
+  //                  that differs, in this order: coupled (the LSTM's f = 1 - i: w_ih, w_hh and biases have rows of i,
+  //                  g, o), peepholes, hardsigmoid, hardtanh
   //   weights        of each layer and direction, in torch's order: w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if
-  //                  the state is projected (w_hh's columns are fewer than its rows per gate)
+  //                  the state is projected (w_hh's columns are fewer than its rows per gate), then peepholes, those
+  //                  of i, f, o (coupled: i, o) one after the other
+  //   rates          zoneout, cell_zoneout, recurrent_dropout, weight_dropout; None for zeros. Without a seed zoneout's
+  //                  expectation is taken, and the others must be 0. rnn leaves weight_dropout to rnn_pack
   //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use
   //   input          [T, B, I] at any strides, or packed [rows, I] beside lengths: step by step, as in PackedSequence
   //   lengths        [B] int64, in any order, 0 to T; beside packed input falling (as PackedSequence is sorted)
-  //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that is
-  //   0 output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].
+  //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that
+  //                  is 0
+  //   output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].
   //                  0 past a row's length
   //   hn, cn         like h0, c0; after each row's last step. cn is [0] for all but the LSTM
+  //   cells          like output, of c [.., directions * H], the last layer's after each step, if need_cells, else [0]
   //   saved          [n] float32 (float64 for float64) for the backward if need_saved, else [0]
   //   grad_weights   [n] in the weights' dtype: the gradients one after the other, each contiguous
-  m.def("rnn_pack(Tensor[] weights, str mode, bool bidirectional, bool bias) -> Tensor packed");
+  m.def(
+      "rnn_pack(Tensor[] weights, str mode, bool bidirectional, bool bias, float weight_dropout, Tensor? seed)"
+      " -> Tensor packed");
   m.def(
       "rnn(Tensor input, Tensor? lengths, Tensor? h0, Tensor? c0, Tensor packed, str mode, int hidden_size,"
-      " int proj_size, int num_layers, bool bidirectional, float dropout_p, Tensor? seed, bool need_saved)"
-      " -> (Tensor output, Tensor hn, Tensor cn, Tensor saved)");
+      " int proj_size, int num_layers, bool bidirectional, float dropout_p, float[]? rates, Tensor? seed,"
+      " bool need_saved, bool need_cells)"
+      " -> (Tensor output, Tensor hn, Tensor cn, Tensor cells, Tensor saved)");
   m.def(
-      "rnn_backward(Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, Tensor input, Tensor? lengths, Tensor? h0,"
-      " Tensor? c0, Tensor[] weights, Tensor saved, str mode, bool bidirectional, bool bias, float dropout_p,"
-      " Tensor? seed, bool need_input, bool need_h0, bool need_c0, bool need_weights)"
+      "rnn_backward(Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_cells, Tensor input,"
+      " Tensor? lengths, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor saved, str mode, bool bidirectional,"
+      " bool bias, float dropout_p, float[]? rates, Tensor? seed, bool need_input, bool need_h0, bool need_c0,"
+      " bool need_weights)"
       " -> (Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_weights)");
 }

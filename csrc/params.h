@@ -31,6 +31,7 @@ struct StridedRows {
 struct Dropout {
   double p = 0;
   uint64_t seed = 0;
+  const void* seed_address = nullptr;  // CUDA: where the seed lies in device memory; `seed` is not set
 };
 
 }  // namespace handtuned

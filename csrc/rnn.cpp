@@ -19,7 +19,7 @@ using Tensors = std::vector<Tensor>;
 
 // What the Params point to and no argument owns.
 struct Holders {
-  OptionalTensor input, grad_output, h0, c0, grad_hn, grad_cn;
+  OptionalTensor input, grad_output, grad_cells, h0, c0, grad_hn, grad_cn;
   Tensors weights;
   std::vector<const void*> weight_data;
   std::vector<int64_t> order, active, first, lengths;
@@ -33,16 +33,57 @@ void check_device(const char* op, const std::string& name, const Tensor& tensor,
   HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, ", main, " is; move it with .to(", main, ".device)");
 }
 
+// A cell's name as torch's, then words for what differs in it.
 void take_mode(const char* op, Rnn& p, const std::string& mode) {
-  constexpr const char* kModes[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
-  const auto* found = std::find(kModes, kModes + 4, mode);
-  HT_CHECK(found != kModes + 4, op, "mode is '", mode, "', allowed are LSTM, GRU, RNN_TANH and RNN_RELU");
-  p.cell = RnnCell(found - kModes);
+  constexpr const char* kNames[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
+  size_t at = std::min(mode.find(' '), mode.size());
+  const auto* name = std::find(kNames, kNames + 4, mode.substr(0, at));
+  p.cell = RnnCell(name - kNames);
+  auto has = [&](const std::string& word, bool allowed) {
+    const bool found = allowed && mode.compare(at, word.size(), word) == 0;
+    at += found ? word.size() : 0;
+    return found;
+  };
+  if (at < mode.size()) {
+    const bool lstm = p.cell == RnnCell::lstm;
+    if (has(" coupled", lstm)) p.cell = RnnCell::coupled;
+    p.peepholes = has(" peepholes", lstm);
+    p.hard_sigmoid = has(" hardsigmoid", lstm || p.cell == RnnCell::gru);
+    p.hard_tanh = has(" hardtanh", p.cell != RnnCell::relu);
+  }
+  HT_CHECK(
+      name != kNames + 4 && at == mode.size(), op, "mode is '", mode,
+      "', allowed are LSTM, GRU, RNN_TANH and RNN_RELU, and then, after a space each and in this order, coupled and "
+      "peepholes (LSTM), hardsigmoid (LSTM and GRU) and hardtanh (all but RNN_RELU)");
+}
+
+using Rates = std::optional<std::vector<double>>;
+
+void take_rates(const char* op, Rnn& p, const std::string& mode, double dropout_p, const Rates& rates,
+                const OptionalTensor& seed) {
+  p.dropout = dropout_of(op, dropout_p, seed);
+  if (!rates) return;
+  HT_CHECK(rates->size() == 4, op, "rates has ", rates->size(),
+           " numbers, expected 4; pass zoneout, cell_zoneout, recurrent_dropout and weight_dropout");
+  constexpr const char* kNames[] = {"zoneout", "cell_zoneout", "recurrent_dropout", "weight_dropout"};
+  Dropout* const to[] = {&p.zoneout, &p.cell_zoneout, &p.state_dropout, &p.weight_dropout};
+  p.samples_zoneout = bool(seed);
+  for (int i = 0; i < 4; ++i) {
+    const double rate = (*rates)[i];
+    if (i < 2 && !seed) {
+      check_rate(op, kNames[i], rate);
+      to[i]->p = rate;
+    } else {
+      *to[i] = dropout_of(op, rate, seed, {}, kNames[i]);
+    }
+  }
+  HT_CHECK(p.cell_zoneout.p == 0 || has_cell_state(p.cell), op, "cell_zoneout is ", p.cell_zoneout.p, " but mode is ",
+           mode, "; only the LSTM has a cell state");
 }
 
 void take_sizes(const char* op, Rnn& p, int64_t hidden, int64_t proj, int64_t layers) {
   HT_CHECK(hidden >= 1, op, "hidden_size is ", hidden, ", the least is 1");
-  HT_CHECK(proj == 0 || (p.cell == RnnCell::lstm && 0 < proj && proj < hidden), op, "proj_size is ", proj,
+  HT_CHECK(proj == 0 || (has_cell_state(p.cell) && 0 < proj && proj < hidden), op, "proj_size is ", proj,
            ", allowed are 0 and, for the LSTM, less than hidden_size, ", hidden);
   HT_CHECK(layers >= 1, op, "num_layers is ", layers, ", the least is 1");
   p.hidden = hidden, p.state = proj ? proj : hidden, p.layers = layers;
@@ -60,20 +101,23 @@ void take_weights(const char* op, Rnn& p, Holders& h, const Tensors& weights, bo
   const Shape w_hh = weights[count > 1 ? 1 : 0].sizes();
   p.hidden = w_hh[0] / gates, p.state = w_hh[1];
   const bool projected = p.state != p.hidden;
-  HT_CHECK(!projected || (p.cell == RnnCell::lstm && 0 < p.state && p.state < p.hidden), op, "weights[1] has shape ",
+  HT_CHECK(!projected || (has_cell_state(p.cell) && 0 < p.state && p.state < p.hidden), op, "weights[1] has shape ",
            to_string(w_hh), ", expected [", w_hh[0], ", ", p.hidden,
            "], or fewer columns for an LSTM with a projection");
-  const int64_t each = 2 + 2 * bias + projected, of_layer = each * p.directions;
+  const int64_t each = rnn_weights_each(p, bias), of_layer = each * p.directions;
   HT_CHECK(count % of_layer == 0, op, "weights has ", count, " tensors, expected a multiple of ", of_layer, ": ", each,
            " for each layer and direction; pass torch's flat weights");
   p.layers = count / of_layer, p.input_size = weights[0].sizes()[1];
   for (int64_t i = 0; i < count; ++i) {
     const std::string name = "weights[" + std::to_string(i) + "]";
-    const int64_t rows = gates * p.hidden, place = i % each, width = rnn_input_size(p, i / of_layer);
-    const int64_t matrix[2] = {place == 0 || place == 1 ? rows : p.state, place == 0   ? width
-                                                                          : place == 1 ? p.state
-                                                                                       : p.hidden};
-    const Shape expected = bias && (place == 2 || place == 3) ? Shape(&rows, 1) : Shape(matrix, 2);
+    const int64_t rows = gates * p.hidden, place = i % each;
+    const int64_t vector = p.peepholes && place == each - 1     ? rnn_peepholes(p) * p.hidden
+                           : bias && (place == 2 || place == 3) ? rows
+                                                                : 0;
+    const int64_t matrix[2] = {place < 2 ? rows : p.state, place == 0   ? rnn_input_size(p, i / of_layer)
+                                                           : place == 1 ? p.state
+                                                                        : p.hidden};
+    const Shape expected = vector ? Shape(&vector, 1) : Shape(matrix, 2);
     check_device(op, name, weights[i], main_name);
     HT_CHECK(equal(weights[i].sizes(), expected), op, name, " has shape ", to_string(weights[i].sizes()), ", expected ",
              to_string(expected), "; pass torch's flat weights");
@@ -176,7 +220,7 @@ void take_input(const char* op, Rnn& p, Holders& h, const std::string& mode, con
   if (lengths) take_lengths(op, p, h, *lengths);
   const char* remedy = "one state for each layer and direction";
   p.h0 = state_data(op, "h0", p, h0, p.state, input.scalar_type(), h.h0, remedy);
-  HT_CHECK(!c0 || p.cell == RnnCell::lstm, op, "c0 is given but mode is ", mode, "; only the LSTM has a cell state");
+  HT_CHECK(!c0 || has_cell_state(p.cell), op, "c0 is given but mode is ", mode, "; only the LSTM has a cell state");
   p.c0 = state_data(op, "c0", p, c0, p.hidden, input.scalar_type(), h.c0, remedy);
 }
 
@@ -184,7 +228,7 @@ RnnHeader header_of(const Rnn& p) {
   RnnHeader header{};
   header.vector_bytes = kernels().vector_bytes;
   header.pairs = p.dtype == DType::bf16 && kernels().multiply_add_pairs;
-  header.dtype = int32_t(p.dtype), header.cell = int32_t(p.cell);
+  header.dtype = int32_t(p.dtype), header.cell = int32_t(p.cell), header.peepholes = p.peepholes;
   header.input_size = p.input_size, header.hidden = p.hidden, header.state = p.state;
   header.layers = p.layers, header.directions = p.directions;
   return header;
@@ -194,7 +238,8 @@ void zero(const Tensor& tensor) { std::memset(tensor.data_ptr(), 0, tensor.numel
 
 // ---- the ops ----------------------------------------------------------------------------------------------------
 
-Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectional, bool bias) {
+Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectional, bool bias, double weight_dropout,
+                const OptionalTensor& seed) {
   const char* op = "rnn_pack";
   HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
   RnnPack p{};
@@ -203,6 +248,7 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.directions = 1 + bidirectional;
   take_mode(op, p, mode);
   take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
+  p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
   const RnnHeader header = header_of(p);
   std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);
@@ -212,11 +258,12 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   return packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& lengths,
-                                               const OptionalTensor& h0, const OptionalTensor& c0, const Tensor& packed,
-                                               const std::string& mode, int64_t hidden_size, int64_t proj_size,
-                                               int64_t num_layers, bool bidirectional, double dropout_p,
-                                               const OptionalTensor& seed, bool need_saved) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& lengths,
+                                                       const OptionalTensor& h0, const OptionalTensor& c0,
+                                                       const Tensor& packed, const std::string& mode,
+                                                       int64_t hidden_size, int64_t proj_size, int64_t num_layers,
+                                                       bool bidirectional, double dropout_p, const Rates& rates,
+                                                       const OptionalTensor& seed, bool need_saved, bool need_cells) {
   const char* op = "rnn";
   RnnForward p{};
   Holders h;
@@ -235,32 +282,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, const Option
   HT_CHECK(std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
            "packed was made for another layer or another instruction set than ", kernels().isa,
            "; pass what rnn_pack makes of this stack's weights now");
-  p.dropout = dropout_of(op, dropout_p, seed);
+  take_rates(op, p, mode, dropout_p, rates, seed);
+  const bool has_cells = has_cell_state(p.cell);
+  HT_CHECK(has_cells || !need_cells, op, "need_cells is given but mode is ", mode, "; only the LSTM has a cell state");
 
   const ScalarType dtype = input.scalar_type();
   const int64_t cells = p.layers * p.directions, saved_numbers = need_saved ? p.layers * rnn_saved_of_layer(p) : 0;
   Tensor output = mirror(input, p.directions * p.state), hn = empty({cells, p.batch, p.state}, dtype);
-  Tensor cn = p.cell == RnnCell::lstm ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
+  Tensor cn = has_cells ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
+  Tensor cell_states = need_cells ? mirror(input, p.directions * p.hidden) : empty({0}, dtype);
   Tensor saved = empty({saved_numbers}, wide(input));
   if (p.batch > 0) {
     OptionalTensor unused;
     const Tensor scratch = empty({rnn_scratch_bytes(p, need_saved)}, ScalarType::Byte);
     p.input = operand(input, h.input);
     p.output = operand(output, unused);
+    if (need_cells) p.cells = operand(cell_states, unused);
     p.packed_weights = packed.data_ptr();
     p.hn = hn.data_ptr(), p.cn = cn.data_ptr();
     p.saved = saved_numbers ? saved.data_ptr() : nullptr;
     p.scratch = scratch.data_ptr();
     kernels().rnn_forward(p);
   }
-  return {std::move(output), std::move(hn), std::move(cn), std::move(saved)};
+  return {std::move(output), std::move(hn), std::move(cn), std::move(cell_states), std::move(saved)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
     const OptionalTensor& grad_output, const OptionalTensor& grad_hn, const OptionalTensor& grad_cn,
-    const Tensor& input, const OptionalTensor& lengths, const OptionalTensor& h0, const OptionalTensor& c0,
-    const Tensors& weights, const Tensor& saved, const std::string& mode, bool bidirectional, bool bias,
-    double dropout_p, const OptionalTensor& seed, bool need_input, bool need_h0, bool need_c0, bool need_weights) {
+    const OptionalTensor& grad_cells, const Tensor& input, const OptionalTensor& lengths, const OptionalTensor& h0,
+    const OptionalTensor& c0, const Tensors& weights, const Tensor& saved, const std::string& mode, bool bidirectional,
+    bool bias, double dropout_p, const Rates& rates, const OptionalTensor& seed, bool need_input, bool need_h0,
+    bool need_c0, bool need_weights) {
   const char* op = "rnn_backward";
   RnnBackward p{};
   Holders h;
@@ -270,16 +322,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
   HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
   take_weights(op, p, h, weights, bias, input, "input");
   take_input(op, p, h, mode, input, lengths, h0, c0);
-  p.dropout = dropout_of(op, dropout_p, seed);
+  take_rates(op, p, mode, dropout_p, rates, seed);
   const char* remedy = "what the forward returned, with need_saved";
   const ScalarType dtype = input.scalar_type();
-  if (grad_output) {
+  auto take_rows = [&](const char* name, const OptionalTensor& given, int64_t width, OptionalTensor& holder) {
+    if (!given) return RnnTensor{};
     int64_t sizes[3];
     std::copy_n(input.sizes().data(), input.dim(), sizes);
-    sizes[input.dim() - 1] = p.directions * p.state;
-    check_like(op, "grad_output", *grad_output, Shape(sizes, input.dim()), dtype, remedy);
-    p.grad_output = operand(*grad_output, h.grad_output);
-  }
+    sizes[input.dim() - 1] = p.directions * width;
+    check_like(op, name, *given, Shape(sizes, input.dim()), dtype, remedy);
+    return operand(*given, holder);
+  };
+  p.grad_output = take_rows("grad_output", grad_output, p.state, h.grad_output);
+  p.grad_cells = take_rows("grad_cells", grad_cells, p.hidden, h.grad_cells);
   p.grad_hn = state_data(op, "grad_hn", p, grad_hn, p.state, dtype, h.grad_hn, remedy);
   p.grad_cn = state_data(op, "grad_cn", p, grad_cn, p.hidden, dtype, h.grad_cn, remedy);
   const int64_t saved_numbers = p.layers * rnn_saved_of_layer(p);

@@ -6,6 +6,12 @@
 //   GRU       r, z = sigmoid(W_x x_t + b_x + W_h h + b_h);   n = tanh(W_nx x_t + b_nx + r * (W_nh h + b_nh));
 //             h' = (1 - z) * n + z * h
 //   RNN       h' = tanh or relu of  W_x x_t + b_x + W_h h + b_h
+// Variants of them:
+//   coupled       the LSTM's f = 1 - i, so it has the gates i, g, o
+//   peepholes     the LSTM's i, f see p_i * c, p_f * c, and its o sees p_o * c'
+//   hard          sigmoid(a) = min(max(a + 3, 0), 6) / 6,  tanh(a) = min(max(a, -1), 1)
+//   zoneout       h and c become  w * new + (1 - w) * old,  w drawn from {0, 1} where there is a seed, else 1 - p
+//   dropout       of the h that W_h multiplies, by one mask for the whole sequence; of W_h itself
 // A layer's input is the one below's output (both directions side by side), under dropout where asked.
 //
 // Places. Rows of a batch are worked on in order of falling length, so that those still running at a step are a prefix:
@@ -15,13 +21,13 @@
 
 namespace handtuned {
 
-enum class RnnCell : int8_t { lstm, gru, tanh, relu };
-inline int64_t gates_of(RnnCell cell) { return cell == RnnCell::lstm ? 4 : cell == RnnCell::gru ? 3 : 1; }
-// Rows of `hidden` numbers that a step leaves for the backward: i f g o c; r z n and W_nh h + b_nh; the others leave
-// their state alone.
-inline int64_t saved_of(RnnCell cell) { return cell == RnnCell::lstm ? 5 : cell == RnnCell::gru ? 4 : 0; }
+enum class RnnCell : int8_t { lstm, gru, tanh, relu, coupled };
+inline bool has_cell_state(RnnCell cell) { return cell == RnnCell::lstm || cell == RnnCell::coupled; }
+inline int64_t gates_of(RnnCell cell) {
+  return cell == RnnCell::lstm ? 4 : cell == RnnCell::gru || cell == RnnCell::coupled ? 3 : 1;
+}
 // Rows of `hidden` gradients of pre-activations: the GRU's r z n and, of n, that of W_nh h + b_nh.
-inline int64_t slots_of(RnnCell cell) { return cell == RnnCell::lstm || cell == RnnCell::gru ? 4 : 1; }
+inline int64_t slots_of(RnnCell cell) { return cell == RnnCell::gru ? 4 : gates_of(cell); }
 
 // A tensor [steps, batch, width], or packed [rows, width] step by step, where `batch` is the stride of a row and `step`
 // unused. Strides in elements, the last is 1. data nullptr: not given.
@@ -30,9 +36,13 @@ struct RnnTensor {
   int64_t step = 0, batch = 0;
 };
 
+// What random numbers are for: masks of different kinds are drawn for rows that no other kind has (cpu/rnn_noise.h).
+enum class RnnDraw : int8_t { input, zoneout, cell_zoneout, state, weight };
+
 struct Rnn {
   DType dtype;
   RnnCell cell;
+  bool hard_sigmoid, hard_tanh, peepholes;
   int64_t steps, batch, input_size, hidden, state;  // state: width of h, which is proj_size or hidden
   int64_t layers, directions;
   bool packed;             // input and output are packed rows
@@ -42,17 +52,20 @@ struct Rnn {
   const int64_t* first;    // [steps + 1] running sum of active: the row of place 0 at a time; nullptr: time * batch
   const int64_t* lengths;  // [batch] by place, nullptr: steps
   Dropout dropout;         // of the inputs of layers above the first
-  const void *h0, *c0;     // dtype [layers * directions, batch, state] and [.., hidden], contiguous, or nullptr: zeros
+  Dropout zoneout, cell_zoneout, state_dropout, weight_dropout;
+  bool samples_zoneout;  // else its expectation
+  const void *h0, *c0;   // dtype [layers * directions, batch, state] and [.., hidden], contiguous, or nullptr: zeros
 };
 
 struct RnnPack : Rnn {
-  const void* const* weights;  // of each layer and direction W_x, W_h, (b_x, b_h), (W_r), contiguous
+  const void* const* weights;  // of each layer and direction W_x, W_h, (b_x, b_h), (W_r), (peepholes), contiguous
   bool bias;
   void* packed_weights;  // rnn_packed_bytes, the header is the skin's
 };
 
 struct RnnForward : Rnn {
   RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0)
+  RnnTensor cells;          // like output, of the last layer's c after each step; data nullptr: not wanted
   const void* packed_weights;
   void *hn, *cn;  // like h0, c0; cn of the LSTM alone
   void* saved;    // accumulate type, layout below, or nullptr
@@ -60,9 +73,10 @@ struct RnnForward : Rnn {
 };
 
 struct RnnBackward : Rnn {
-  RnnTensor grad_output, input, grad_input;  // grad_output.data nullptr: zeros; grad_input.data nullptr: not wanted
-  const void *grad_hn, *grad_cn;             // like h0, c0, or nullptr: zeros
-  const void* const* weights;                // as rnn_pack takes them, each contiguous
+  RnnTensor grad_output, grad_cells;  // data nullptr: zeros
+  RnnTensor input, grad_input;        // grad_input.data nullptr: not wanted
+  const void *grad_hn, *grad_cn;      // like h0, c0, or nullptr: zeros
+  const void* const* weights;         // as rnn_pack takes them, each contiguous
   bool bias;
   const void* saved;
   void *grad_h0, *grad_c0;    // or nullptr
@@ -72,16 +86,18 @@ struct RnnBackward : Rnn {
 
 // ---- layouts ----------------------------------------------------------------------------------------------------
 
+inline int64_t rnn_wide_bytes(const Rnn& p) { return p.dtype == DType::f64 ? 8 : 4; }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Packed weights: a header, then of each layer and direction the matrices W_x, W_h, (W_r) and the biases b_x, b_h.
+// Packed weights: a header, then of each layer and direction the matrices W_x, W_h, (W_r), the biases b_x, b_h and the
+// peepholes.
 // A matrix [gates * out, in] is cut into panels of as many output columns as the kernel works on at once; within a
 // panel, step k of `in` holds that column's numbers of all gates side by side. How wide a panel is depends on the
 // instruction set; the bytes do not: columns are padded to 16 a gate (64 where there
 // is one gate), `in` to an even number.
 struct RnnHeader {
   int32_t vector_bytes, pairs;  // the instruction set's vectors; whether bf16 stands in pairs along `in`
-  int32_t dtype, cell;
+  int32_t dtype, cell, peepholes;
   int64_t input_size, hidden, state, layers, directions;
 };
 constexpr int64_t kRnnHeaderBytes = 64;
@@ -93,15 +109,23 @@ inline int64_t rnn_matrix_bytes(DType dtype, int64_t gates, int64_t out, int64_t
 }
 inline int64_t rnn_bias_numbers(const Rnn& p) { return rnn_columns(gates_of(p.cell), p.hidden); }
 inline int64_t rnn_bias_bytes(const Rnn& p) {  // of b_x and b_h together
-  return 2 * rnn_bias_numbers(p) * (p.dtype == DType::f64 ? 8 : 4);
+  return 2 * rnn_bias_numbers(p) * rnn_wide_bytes(p);
 }
+// Peepholes [rnn_peepholes][rnn_peephole_pitch] as the accumulate type, of the gates i, f, o (coupled: i, o).
+inline int64_t rnn_peepholes(const Rnn& p) { return p.peepholes ? gates_of(p.cell) - 1 : 0; }
+inline int64_t rnn_peephole_pitch(const Rnn& p) { return round_up(p.hidden, 64); }
+inline int64_t rnn_peephole_bytes(const Rnn& p) { return rnn_peepholes(p) * rnn_peephole_pitch(p) * rnn_wide_bytes(p); }
+inline int64_t rnn_weight_numbers(const Rnn& p) { return gates_of(p.cell) * p.hidden * p.state; }  // of W_h
+// Tensors of weights of a layer and direction.
+inline int64_t rnn_weights_each(const Rnn& p, bool bias) { return 2 + 2 * bias + (p.state != p.hidden) + p.peepholes; }
 inline int64_t rnn_input_size(const Rnn& p, int64_t layer) { return layer ? p.directions * p.state : p.input_size; }
 
 inline int64_t rnn_direction_bytes(const Rnn& p, int64_t layer) {
   const int64_t gates = gates_of(p.cell);
   return rnn_matrix_bytes(p.dtype, gates, p.hidden, rnn_input_size(p, layer)) +
          rnn_matrix_bytes(p.dtype, gates, p.hidden, p.state) +
-         (p.state != p.hidden ? rnn_matrix_bytes(p.dtype, 1, p.state, p.hidden) : 0) + rnn_bias_bytes(p);
+         (p.state != p.hidden ? rnn_matrix_bytes(p.dtype, 1, p.state, p.hidden) : 0) + rnn_bias_bytes(p) +
+         rnn_peephole_bytes(p);
 }
 inline int64_t rnn_packed_bytes(const Rnn& p) {
   int64_t bytes = kRnnHeaderBytes;
@@ -109,29 +133,41 @@ inline int64_t rnn_packed_bytes(const Rnn& p) {
   return bytes;
 }
 
+// Rows of `hidden` numbers that a step leaves for the backward: i f g o c; coupled i g o c; GRU r z n and W_nh h +
+// b_nh; the others leave their output alone, and h' where zoneout parts the two.
+inline int64_t rnn_kept(const Rnn& p) {
+  if (has_cell_state(p.cell)) return gates_of(p.cell) + 1;
+  return p.cell == RnnCell::gru ? 4 : p.zoneout.p > 0;
+}
 // saved, in numbers: of each layer the output [rows, directions * state], then of each direction of it what a step
-// leaves, [rows, saved_of(cell), hidden]. A row is of a time and a place, in that order, in both directions.
-inline int64_t rnn_saved_of_layer(const Rnn& p) {
-  return p.rows * p.directions * (p.state + saved_of(p.cell) * p.hidden);
+// leaves, [rows, rnn_kept, hidden]. A row is of a time and a place, in that order, in both directions.
+inline int64_t rnn_saved_of_layer(const Rnn& p) { return p.rows * p.directions * (p.state + rnn_kept(p) * p.hidden); }
+
+// The masks of a layer's states, wide [directions][batch][rnn_mask_pitch], if there are any.
+inline int64_t rnn_mask_pitch(const Rnn& p) { return round_up(p.state, 128); }
+inline int64_t rnn_mask_bytes(const Rnn& p) {
+  return p.state_dropout.p > 0 ? p.directions * p.batch * rnn_mask_pitch(p) * rnn_wide_bytes(p) : 0;
 }
 
-// Scratch of the forward: flags and the states that slices exchange, then two layers' outputs.
-inline int64_t rnn_wide_bytes(const Rnn& p) { return p.dtype == DType::f64 ? 8 : 4; }
+// Scratch of the forward: flags and the states that slices exchange, two layers' outputs, masks of states.
 inline int64_t rnn_ring_bytes(const Rnn& p) {
   constexpr int64_t kFlags = 64 * 128;
   const int64_t numbers = p.directions * p.batch * (2 * round_up(p.state, 2) + round_up(p.hidden, 2));
   return kFlags + round_up(numbers * rnn_wide_bytes(p), 64);
 }
-inline int64_t rnn_scratch_bytes(const Rnn& p, bool saves) {
+inline int64_t rnn_between_bytes(const Rnn& p, bool saves) {
   const bool between = p.layers > 1 && !saves;
-  return rnn_ring_bytes(p) + (between ? 2 * p.rows * p.directions * p.state * rnn_wide_bytes(p) : 0);
+  return between ? round_up(2 * p.rows * p.directions * p.state * rnn_wide_bytes(p), 64) : 0;
+}
+inline int64_t rnn_scratch_bytes(const Rnn& p, bool saves) {
+  return rnn_ring_bytes(p) + rnn_between_bytes(p, saves) + rnn_mask_bytes(p);
 }
 
 // Scratch of the backward, in this order: flags and what slices exchange; gradients of pre-activations, and of what is
-// projected; of two layers' outputs; a layer's input under dropout; where each row's state comes from, its time and its
-// place.
+// projected; of two layers' outputs; a layer's input under dropout; masks of its states; its W_h of each direction
+// under dropout; where each row's state comes from, its time and its place.
 struct RnnBackwardScratch {
-  int64_t gates, projected, between, masked, before, time, place, bytes;
+  int64_t gates, projected, between, dropped, masks, weights, before, time, place, bytes;
 };
 inline RnnBackwardScratch rnn_backward_scratch(const Rnn& p) {
   const int64_t wide = rnn_wide_bytes(p), slots = slots_of(p.cell) * round_up(p.hidden, 2);
@@ -143,7 +179,9 @@ inline RnnBackwardScratch rnn_backward_scratch(const Rnn& p) {
   next(at.gates, p.directions * p.rows * slots * wide);
   next(at.projected, p.state != p.hidden ? p.rows * projected * wide : 0);
   next(at.between, p.layers > 1 ? 2 * p.rows * output * wide : 0);
-  next(at.masked, p.layers > 1 && p.dropout.p > 0 ? p.rows * output * wide : 0);
+  next(at.dropped, p.layers > 1 && p.dropout.p > 0 ? p.rows * output * wide : 0);
+  next(at.masks, rnn_mask_bytes(p));
+  next(at.weights, p.weight_dropout.p > 0 ? p.directions * rnn_weight_numbers(p) * bytes_of(p.dtype) : 0);
   next(at.before, p.directions * p.rows * 8);
   next(at.time, p.rows * 8);
   next(at.place, p.rows * 8);

@@ -19,6 +19,13 @@ void advise_huge_pages(void* data, size_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
+
+// A second handle of the same tensor, for functions of torch that want one of its own kind.
+torch::stable::Tensor shared(const Tensor& tensor) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+  return torch::stable::Tensor(handle);
+}
 }  // namespace
 
 std::string to_string(Shape shape) {
@@ -47,6 +54,12 @@ std::string to_string(ScalarType dtype) {
     case ScalarType::Bool: return "bool";
     default: return "dtype number " + std::to_string(int(dtype));
   }
+}
+
+std::string to_string(Device device) {
+  if (device.is_cpu()) return "cpu";
+  const bool cuda = device.type == aoti_torch_device_type_cuda();
+  return (cuda ? "cuda:" : "device " + std::to_string(device.type) + ":") + std::to_string(device.index);
 }
 
 DType dtype_of(const char* op, const char* argument, const Tensor& tensor) {
@@ -78,19 +91,29 @@ bool equal(Shape a, Shape b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(int64_t)) == 0;
 }
 
-Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype) {
+Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device) {
   int64_t n = 1;
   for (size_t d = 0; d < sizes.size(); ++d) n *= sizes[d];
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), int32_t(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+                                                  device.type, device.index, &handle));
   Tensor tensor(handle);
   const size_t bytes = size_t(n) * size_of(dtype);
-  if (bytes >= kAskForHugePages) advise_huge_pages(tensor.data_ptr(), bytes);
+  if (device.is_cpu() && bytes >= kAskForHugePages) advise_huge_pages(tensor.data_ptr(), bytes);
   return tensor;
 }
 
-Tensor empty(Shape sizes, ScalarType dtype) {
+Tensor empty_like(const Tensor& tensor) {
+  AtenTensorHandle made;
+  const torch::stable::Tensor result = torch::stable::empty_like(shared(tensor));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &made));
+  Tensor owned(made);
+  const size_t bytes = size_t(owned.numel()) * size_of(owned.scalar_type());
+  if (owned.is_cpu() && bytes >= kAskForHugePages) advise_huge_pages(owned.data_ptr(), bytes);
+  return owned;
+}
+
+Tensor empty(Shape sizes, ScalarType dtype, Device device) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());
   HT_CHECK(ndim <= 64, "empty", "a tensor of ", ndim, " dims, the limit is 64");
@@ -98,25 +121,35 @@ Tensor empty(Shape sizes, ScalarType dtype) {
     strides[d] = n;
     n *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  return empty_strided(sizes, Shape(strides, ndim), dtype);
+  return empty_strided(sizes, Shape(strides, ndim), dtype, device);
 }
 
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed) {
-  HT_CHECK(p >= 0 && p <= 1, op, "dropout_p is ", p, ", the limits are 0 and 1; pass a probability");
+void check_rate(const char* op, const char* name, double p) {
+  HT_CHECK(p >= 0 && p <= 1, op, name, " is ", p, ", the limits are 0 and 1; pass a probability");
+}
+
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device, const char* name) {
+  check_rate(op, name, p);
   if (p == 0) return {};
-  HT_CHECK(bool(seed), op, "dropout_p is ", p, " but seed is None; pass an int64 tensor with one element");
-  HT_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
+  HT_CHECK(bool(seed), op, name, " is ", p, " but seed is None; pass an int64 tensor with one element");
+  HT_CHECK(seed->device() == device, op, "seed is on ", to_string(seed->device()), ", input is on ", to_string(device),
+           "; move it with .to(input.device)");
+  HT_CHECK(seed->scalar_type() == ScalarType::Long && seed->numel() == 1, op, "seed is ",
            to_string(seed->scalar_type()), " of shape ", to_string(seed->sizes()),
            ", expected one int64 element on the device of input; draw it with torch.randint");
-  uint64_t key;
-  std::memcpy(&key, seed->data_ptr(), sizeof key);
-  return {p, key};
+  Dropout dropout{p, 0, seed->data_ptr()};
+  if (device.is_cpu()) std::memcpy(&dropout.seed, seed->data_ptr(), sizeof dropout.seed);
+  return dropout;
+}
+
+void fill(const Tensor& tensor, double value) {
+  torch::stable::Tensor same = shared(tensor);
+  torch::stable::fill_(same, value);
 }
 
 Tensor contiguous(const Tensor& tensor) {
-  AtenTensorHandle shared, copy;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &shared));
-  torch::stable::Tensor result = torch::stable::contiguous(torch::stable::Tensor(shared));
+  torch::stable::Tensor result = torch::stable::contiguous(shared(tensor));
+  AtenTensorHandle copy;
   TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(result.get(), &copy));
   return Tensor(copy);
 }

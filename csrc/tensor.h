@@ -18,6 +18,13 @@ namespace handtuned {
 using torch::headeronly::ScalarType;
 using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
+struct Device {
+  int32_t type = aoti_torch_device_type_cpu(), index = 0;
+
+  bool is_cpu() const { return type == aoti_torch_device_type_cpu(); }
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
 // Owns one handle and moves it. torch::stable::Tensor shares its handle through a shared_ptr, whose allocations and
 // counts are a tenth of a small op's whole time.
 class Tensor {
@@ -42,6 +49,10 @@ class Tensor {
   void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
   ScalarType scalar_type() const { return ScalarType(ask<int32_t>(aoti_torch_get_dtype)); }
   bool is_cpu() const { return ask<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  Device device() const {
+    const auto type = ask<int32_t>(aoti_torch_get_device_type);
+    return {type, type == aoti_torch_device_type_cpu() ? 0 : ask<int32_t>(aoti_torch_get_device_index)};
+  }
   bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
 
  private:
@@ -59,6 +70,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 std::string to_string(Shape shape);       // "[2, 3]"
 std::string to_string(ScalarType dtype);  // "bfloat16"
+std::string to_string(Device device);     // "cuda:0"
 
 // Throws "handtuned.<op>: <message>", which Python sees as a RuntimeError.
 template <class... Parts>
@@ -78,20 +90,25 @@ DType dtype_of(const char* op, const char* argument, const Tensor& tensor);
 
 bool equal(Shape a, Shape b);
 
-// Uninitialised contiguous CPU tensor. Large ones are given huge pages: the page faults of a fresh 32 MB output take
-// several times as long as a norm needs to fill it.
-Tensor empty(Shape sizes, ScalarType dtype);
-Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype);  // strides that leave no gaps
-inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype) {
-  return wanted ? empty(sizes, dtype) : empty({0}, dtype);
+// Uninitialised contiguous tensor. Large ones on the CPU are given huge pages: the page faults of a fresh 32 MB output
+// take several times as long as a norm needs to fill it.
+Tensor empty(Shape sizes, ScalarType dtype, Device device = {});
+Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device = {});  // strides that leave no gaps
+Tensor empty_like(const Tensor& tensor);  // its dims in the same order in memory, without gaps
+inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype, Device device = {}) {
+  return wanted ? empty(sizes, dtype, device) : empty({0}, dtype, device);
 }
+
+void fill(const Tensor& tensor, double value);
 
 Tensor contiguous(const Tensor& tensor);
 
 size_t size_of(ScalarType dtype);  // in bytes
 
-// The key of the dropout's generator; checks p and, where p > 0, the seed.
-Dropout dropout_of(const char* op, double p, const OptionalTensor& seed);
+// The key of the dropout's generator; checks p and, where p > 0, the seed, which lies on `device`.
+Dropout dropout_of(const char* op, double p, const OptionalTensor& seed, Device device = {},
+                   const char* name = "dropout_p");
+void check_rate(const char* op, const char* name, double p);
 
 // The tensor as rows of its last `row_ndim` dims. Where a row is not contiguous in memory (or more than
 // StridedRows::kMaxDims outer strides remain), `holder` takes one contiguous copy and the rows point into that.

@@ -1,10 +1,10 @@
 """Fixtures of every test: the kernels a test runs on, poisoned memory, fixed seeds, threads put back.
 
-A test that takes `kernels` runs once per instruction set that the library was built for, on the Triton kernels and on
-the reference formula; `isa` runs it on the CPU kernels only. With ``@pytest.mark.cases(list)`` it also takes `case`;
-Triton's interpreter and the formula get the small ones, Triton only those in ``triton=list`` where that is given, and
-the kernels in ``thinned=names`` every third. ``@pytest.mark.no_triton`` leaves Triton out, for ops without a kernel
-there.
+A test that takes `kernels` runs once per instruction set that the library was built for, on the CUDA kernels in the
+emulator ("simt"), on the Triton kernels and on the reference formula; `isa` runs it on the CPU kernels only. With
+``@pytest.mark.cases(list)`` it also takes `case`; the emulator, Triton's interpreter and the formula get the small
+ones, Triton only those in ``triton=list`` where that is given, and the kernels in ``thinned=names`` every third.
+``@pytest.mark.no_triton`` leaves both kinds of GPU kernels out, for ops that have none.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import handtuned
 from handtuned import _C
 
 ISAS = {row["name"]: row for row in _C.isa_table()}
-# The largest cases of the slow kernels: Triton's interpreter needs about half a second, the formula 0.1 s.
-MOST_ELEMENTS = {"triton": 4200, "reference": 120_000}
+# The largest cases of the slow kernels: Triton's interpreter needs about half a second, the others 0.1 s.
+MOST_ELEMENTS = {"simt": 20_000, "triton": 4200, "reference": 120_000}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list, triton=list, thinned=names): what `case` goes through")
-    config.addinivalue_line("markers", "no_triton: the op has no Triton kernel")
+    config.addinivalue_line("markers", "no_triton: the op has no kernel for GPUs")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    sets = {"kernels": [*ISAS, "triton", "reference"], "isa": list(ISAS)}
+    sets = {"kernels": [*ISAS, "simt", "triton", "reference"], "isa": list(ISAS)}
     fixture = next((name for name in sets if name in metafunc.fixturenames), None)
     marker = metafunc.definition.get_closest_marker("cases")
     if fixture is None:
         return
     if metafunc.definition.get_closest_marker("no_triton"):
-        sets["kernels"].remove("triton")
+        sets["kernels"] = [*ISAS, "reference"]
     if marker is None:
         metafunc.parametrize(fixture, sets[fixture], indirect=True)
         return
@@ -75,6 +75,12 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     """One set of kernels, forced; its name."""
     if request.param in ISAS:
         yield from _instruction_set(request.param)
+        return
+    if request.param == "simt":
+        import simt_tools
+
+        with simt_tools.emulated("random", seed=1), handtuned.strict():
+            yield request.param
         return
     if request.param == "triton":
         pytest.importorskip("triton", reason="triton is not installed: pip install triton")

@@ -17,11 +17,11 @@ from cases import SEED, SHORT
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from handtuned import reference
+from handtuned import ops, reference
 from handtuned.nn import functional as H
+from handtuned.nn.functional.variants import Variant
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 @contextmanager
@@ -50,6 +50,8 @@ class Case:
     lengths: tuple[int, ...] = ()
     packed: bool = False  # lengths as a PackedSequence
     dropout: float = 0.0
+    options: tuple[tuple[str, Any], ...] = ()  # of a variant
+    training: bool = True  # where something is dropped or zoned out
     dtype: torch.dtype = torch.float32
 
     @property
@@ -58,8 +60,23 @@ class Case:
         for f in fields(self)[2:-1]:
             value = getattr(self, f.name)
             if value != f.default:
+                value = ",".join(f"{n}_{v}" for n, v in value) if f.name == "options" else value
                 parts.append(f.name if value is True else f"{f.name}_{value}".replace(" ", ""))
         return "-".join(parts)
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(**dict(self.options))
+
+    @property
+    def cell(self) -> ops.Cell:
+        return ops.CELLS[self.variant.mode(self.mode)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what run gives."""
+        names = ("output", "hn", "cn") if self.mode == "LSTM" else ("output", "hn")
+        return (*names, "cells") if self.variant.return_cell_states else names
 
     def with_(self, **changes: Any) -> Case:
         return replace(self, **changes)
@@ -88,7 +105,13 @@ class Tensors:
     grad_output: Tensor
     grad_hn: Tensor
     grad_cn: Tensor
+    grad_cells: Tensor
     lengths: Tensor | None
+
+    def grads(self, case: Case) -> tuple[Tensor, ...]:
+        """Of what run gives."""
+        found: list[Tensor] = [getattr(self, f"grad_{name}") for name in case.names]
+        return tuple(found)
 
     def leaves(self) -> dict[str, Tensor]:
         """The differentiable arguments by name, as new leaves that require grad."""
@@ -102,13 +125,14 @@ class Tensors:
 
 
 def weight_shapes(case: Case) -> list[tuple[int, ...]]:
-    rows = GATES[case.mode] * case.shape[3]
+    rows = case.cell.gates * case.shape[3]
     shapes: list[tuple[int, ...]] = []
     for layer in range(case.layers):
         for _ in range(case.directions):
             shapes += [(rows, case.directions * case.state if layer else case.shape[2]), (rows, case.state)]
             shapes += [(rows,), (rows,)] if case.bias else []
             shapes += [(case.proj, case.shape[3])] if case.proj else []
+            shapes += [(case.cell.peephole_gates * case.shape[3],)] if case.cell.peepholes else []
     return shapes
 
 
@@ -139,6 +163,7 @@ def tensors(case: Case, draw: int = 0) -> Tensors:
         grad_output=normal(*lead, case.directions * case.state),
         grad_hn=normal(stack, batch, case.state),
         grad_cn=normal(stack, batch, hidden),
+        grad_cells=normal(*lead, case.directions * hidden),
         lengths=lengths,
     )
 
@@ -168,15 +193,20 @@ def _sequence(case: Case, t: Tensors) -> PackedSequence:
 
 
 def run(case: Case, t: Tensors) -> tuple[Tensor, ...]:
-    """handtuned.nn.functional: (output, hn) or (output, hn, cn)."""
+    """handtuned.nn.functional: what case.names says."""
     x: Any = _sequence(case, t) if case.packed else t.input
     options: dict[str, Any] = dict(bias=case.bias, num_layers=case.layers, bidirectional=case.bidirectional)
-    options |= dict(batch_first=case.batch_first, dropout=case.dropout, training=case.dropout > 0)
+    options |= dict(batch_first=case.batch_first, dropout=case.dropout, training=case.training)
     options |= dict(lengths=None if case.packed else t.lengths)
-    output, states = function(case.mode)(x, _hx(case, t), t.weights, **options)
-    if case.packed:
-        output = pad_packed_sequence(output, case.batch_first, total_length=case.shape[0])[0]
-    return output, *(states if case.mode == "LSTM" else (states,))
+    output, states, *cells = function(case.mode)(x, _hx(case, t), t.weights, **options, **dict(case.options))
+
+    def padded(sequence: Any) -> Tensor:
+        whole: Tensor = sequence
+        if case.packed:
+            whole = pad_packed_sequence(sequence, case.batch_first, total_length=case.shape[0])[0]
+        return whole
+
+    return padded(output), *(states if case.mode == "LSTM" else (states,)), *map(padded, cells)
 
 
 def run_torch(case: Case, t: Tensors) -> tuple[Tensor, ...]:
@@ -200,24 +230,38 @@ def run_torch(case: Case, t: Tensors) -> tuple[Tensor, ...]:
 
 
 def run_formula(case: Case, t: Tensors) -> tuple[Tensor, ...]:
-    """reference.recur, which does everything; dropout with the key that the next call would draw."""
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if case.dropout else None
-    x = t.input.transpose(0, 1) if case.batch_first else t.input
-    rest = (case.mode, case.bidirectional, case.bias, case.dropout if case.layers > 1 else 0.0, seed)
-    output, hn, cn = reference.recur(x, t.lengths, t.h0, t.c0, list(t.weights), *rest)
-    output = output.transpose(0, 1) if case.batch_first else output
-    return (output, hn, cn) if case.mode == "LSTM" else (output, hn)
+    """reference.recur, which does everything; at random with the key that the next call would draw."""
+    x, lengths, h0, c0 = t.input.transpose(0, 1) if case.batch_first else t.input, t.lengths, t.h0, t.c0
+    sequence = _sequence(case, t) if case.packed else None
+    if sequence is not None:  # masks are of the rows in their order there
+        assert t.lengths is not None
+        x, order = sequence.data, sequence.sorted_indices
+        lengths = t.lengths[order]
+        h0, c0 = (s if s is None else s[:, order] for s in (h0, c0))
+    dropout = case.dropout if case.layers > 1 and case.training else 0.0
+    rates = case.variant.rates(case.training)
+    draws = dropout > 0 or (case.training and rates is not None)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64) if draws else None
+    rest = (case.cell.mode, case.bidirectional, case.bias, dropout, rates, seed)
+    results = reference.recur(x, lengths, h0, c0, list(t.weights), *rest)
+    found = dict(zip(("output", "hn", "cn", "cells"), results, strict=True))
+    for name in case.names:
+        if name in ("hn", "cn") and sequence is not None:
+            found[name] = found[name][:, sequence.unsorted_indices]
+        elif name in ("output", "cells") and sequence is not None:
+            padded = pad_packed_sequence(sequence._replace(data=found[name]), case.batch_first, 0.0, case.shape[0])
+            found[name] = padded[0]
+        elif name in ("output", "cells") and case.batch_first:
+            found[name] = found[name].transpose(0, 1)
+    return tuple(found[name] for name in case.names)
 
 
 def results(case: Case, t: Tensors, how: Run = run) -> dict[str, Tensor]:
     """Outputs and every gradient by name."""
     leaves = t.leaves()
     outputs = how(case, t.with_leaves(leaves))
-    grads = torch.autograd.grad(
-        outputs, list(leaves.values()), (t.grad_output, t.grad_hn, t.grad_cn)[: len(outputs)], materialize_grads=True
-    )
-    names = ("output", "hn", "cn")[: len(outputs)]
-    found = dict(zip(names, outputs, strict=True))
+    grads = torch.autograd.grad(outputs, list(leaves.values()), t.grads(case), materialize_grads=True)
+    found = dict(zip(case.names, outputs, strict=True))
     return {n: o.detach() for n, o in found.items()} | {f"grad_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 

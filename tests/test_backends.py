@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,6 +193,32 @@ def test_explain_of_a_refused_dtype_still_names_the_argument() -> None:
         handtuned.explain(H.layer_norm, torch.ones(2, 8, dtype=torch.int64), (8,))
 
 
+def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The policy for CUDA tensors, as it is on a machine that has such a device."""
+    library = tmp_path / "libhandtuned_cuda.so"
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(handtuned.backends, "build_facts", {"cuda": "built: nvcc 13.0, sm_80 sm_90 sm_100"})
+    monkeypatch.setattr(handtuned.backends, "cuda_library", library)
+    monkeypatch.setattr(handtuned.backends, "triton_status", lambda: None)
+
+    def refused(op: str, dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+        return {c.backend: c.refused for c in handtuned.backends.candidates(op, device, dtype)}
+
+    assert refused("layer_norm")["cuda"] == "libhandtuned_cuda.so is missing beside the extension"
+    library.touch()
+    for op in handtuned.ops.NORM_OPS:
+        assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
+        assert refused(op)["triton"] is None
+    assert "int64" in str(refused("layer_norm", torch.int64)["cuda"])
+    assert refused("attention")["cuda"] == "no CUDA C++ kernel for this op"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert refused("layer_norm")["cuda"] == "the device is sm_75, the CUDA kernels need sm_80"
+    monkeypatch.setattr(handtuned.backends, "build_facts", {"cuda": "not built: nvcc was not found"})
+    assert handtuned.backends.choose("layer_norm", device, torch.float32)[0].backend == "triton"
+    assert refused("layer_norm")["cuda"] == "not built: nvcc was not found"
+
+
 # ---- info ----------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +229,9 @@ def test_info_lists_every_op_on_every_backend() -> None:
     assert rows == {(op, b) for op in handtuned.ops.OPS for b in BACKENDS if b != "auto"}
     assert all(row["why"] for row in found["kernels"])
     without_triton = (*handtuned.ops.ATTENTION_OPS, *handtuned.ops.LINEAR_OPS, *handtuned.ops.RNN_OPS)
-    lacking = {(op, "triton") for op in without_triton} | {(op, "cuda") for op in handtuned.ops.OPS}
+    lacking = {(op, "triton") for op in without_triton} | {
+        (op, "cuda") for op in handtuned.ops.OPS if handtuned.backends.why_no_cuda_kernel(op)
+    }
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

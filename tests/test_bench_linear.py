@@ -19,7 +19,7 @@ SMALL = {f"{op.name} {op.case.dtype}": op for op in bench_linear.OPS}
 @pytest.mark.parametrize("name", SMALL)
 def test_both_sides_compute_the_truth(name: str) -> None:
     op = SMALL[name]
-    op = dataclasses.replace(op, case=op.case.with_(rows=(9,), in_features=40, out_features=70))
+    op = dataclasses.replace(op, case=op.case.with_(rows=(9,), in_features=64, out_features=128))
     case, truth = bench_linear.prepare(op, no_compile="not in this test")
     with case.mode():
         gate.seed()
@@ -30,8 +30,20 @@ def test_both_sides_compute_the_truth(name: str) -> None:
             assert truth.differs(Int8().prepare(case)()) is None
 
 
+@pytest.mark.parametrize("op", bench_linear.ENTROPIES, ids=lambda op: op.id)
+def test_both_sides_compute_the_cross_entropy(op: bench_linear.Entropy) -> None:
+    op = bench_linear.Entropy(op.case.with_(rows=(9,), in_features=40, classes=70), op.backward)
+    case, truth = bench_linear.prepare_entropy(op)
+    with case.mode():
+        assert truth.red(Handtuned().prepare(case)()) is None
+        assert truth.differs(Eager().prepare(case)()) is None
+
+
 def test_targets() -> None:
     found = {op.id: bench_linear.target(op) for op in bench_linear.OPS}
     assert (found["linear-fwd-fp32-512x768x3072"].ratio, found["linear-fwd-fp32-512x768x3072"].share) == (1.35, 0.85)
     assert found["linear-f+b-bf16-128x768x768"].work == 6 * 128 * 768 * 768
     assert found["linear-fwd-bf16-1x4096x4096"].work == 4096 * 4096 * 2
+    entropies = {op.id: op.target for op in bench_linear.ENTROPIES}
+    assert entropies["cross-entropy-f+b-fp32-1024x768x32000"].work == 6 * 1024 * 768 * 32000
+    assert entropies["cross-entropy-f+b-fp32-1024x768x32000"].ratio == 1.5

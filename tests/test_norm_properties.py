@@ -77,10 +77,12 @@ def observed_factor(kind: str, shape: tuple[int, ...], p: float, seed: int) -> T
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
-def test_mask_is_the_references_bit_for_bit(isa: str, seed: int) -> None:
+def test_mask_is_the_references_bit_for_bit(kernels: str, seed: int) -> None:
     for shape, p in (((7, 200), 0.5), ((300, 129), 0.1), ((1, 1), 0.9), ((2, 3, 65), 0.25)):
+        if kernels == "triton" and shape[0] > 10:
+            continue  # half a minute in its interpreter; test_triton_norm.py has the mask
         expected = reference.dropout_factor(torch.Size(shape), 1, p, torch.tensor([seed]), torch.float32)
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 4) if kernels not in ("simt", "triton", "reference") else (1,):
             torch.set_num_threads(threads)
             for kind in ("layer", "rms"):
                 assert same_bits(observed_factor(kind, shape, p, seed), expected)
@@ -94,7 +96,7 @@ def test_mask_beyond_2_to_the_32_rows_differs() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_fraction_kept(kernels: str, p: float) -> None:
-    shape = (30, 130) if kernels == "triton" else (500, 1000)
+    shape = (30, 130) if kernels in ("triton", "simt") else (500, 1000)
     x = torch.ones(shape)
     h = H.add_rms_norm(x, torch.zeros(shape), shape[1:], dropout_p=p)[1]
     kept = (h != 0).double()

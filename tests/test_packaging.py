@@ -23,7 +23,8 @@ import pytest
 import setuptools  # type: ignore[import-untyped]
 import torch
 
-from handtuned import _binary
+import handtuned
+from handtuned import _C, _binary
 from handtuned._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,8 +314,29 @@ def test_slow_cuda_library_is_built_and_loads_without_a_driver(checkout: Path, t
     succeed(cmake, "--build", tmp_path, "--target", "handtuned_cuda")
     library = tmp_path / "lib" / "libhandtuned_cuda.so"
     assert "libcudart" not in succeed("readelf", "-d", library), "cudart is linked statically"
+    assert library.stat().st_size < 40 << 20
     code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).handtuned_cuda_device_count())"
     assert int(succeed(sys.executable, "-c", code)) == torch.cuda.device_count()
+    # The extension opens it, registers its kernels for CUDA tensors, and goes on serving the CPU.
+    code = f"""
+import torch, handtuned
+handtuned._C.load_cuda({str(library)!r})
+for op in ("layer_norm", "add_rms_norm_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"handtuned::{{op}}", "CUDA")
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("handtuned::attention", "CUDA")
+x = torch.randn(4, 8)
+assert torch.allclose(handtuned.nn.functional.layer_norm(x, (8,)), torch.nn.functional.layer_norm(x, (8,)), atol=1e-6)
+"""
+    succeed(sys.executable, "-c", code, PYTHONPATH=str(Path(handtuned.__file__).parents[1]))
+
+
+def test_a_cuda_library_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    missing, foreign = tmp_path / "missing.so", tmp_path / "foreign.so"
+    succeed("g++", "-shared", "-x", "c++", "-o", foreign, "/dev/null")
+    with pytest.raises(RuntimeError, match=r"the CUDA library could not be opened: .*missing\.so"):
+        _C.load_cuda(str(missing))
+    with pytest.raises(RuntimeError, match=r"foreign\.so is of another release; build again"):
+        _C.load_cuda(str(foreign))
 
 
 # ---- version stamps -------------------------------------------------------------------------------------------------

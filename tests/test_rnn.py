@@ -96,8 +96,7 @@ def test_each_gradient_alone(kernels: str, case: Case) -> None:
     for name in t.leaves():
         leaves = {n: leaf.detach().requires_grad_(n == name) for n, leaf in t.leaves().items()}
         outputs = rc.run(case, t.with_leaves(leaves))
-        grads = (t.grad_output, t.grad_hn, t.grad_cn)[: len(outputs)]
-        (alone,) = torch.autograd.grad(outputs, leaves[name], grads)
+        (alone,) = torch.autograd.grad(outputs, leaves[name], t.grads(case))
         torch.testing.assert_close(alone, together[f"grad_{name}"], rtol=1e-5, atol=1e-5)
     for used in range(2 + (case.mode == "LSTM")):
         leaves = t.leaves()
@@ -201,19 +200,35 @@ def test_bad_input_is_named(call: Any, words: str, backend: str) -> None:
 
 def test_packed_weights_of_another_instruction_set_are_refused(isa: str) -> None:
     weights = [torch.ones(80, 8), torch.ones(80, 20), torch.ones(80), torch.ones(80)]
-    packed = ops.rnn_pack(weights, "LSTM", False, True)
+    packed = ops.rnn_pack(weights, "LSTM", False, True, 0.0, None)
     for row in handtuned._C.isa_table():
         if not (row["built"] and row["supported"]):
             continue
         with handtuned.testing.isa(row["name"]):
-            args = (torch.ones(3, 2, 8), None, None, None, packed, "LSTM", 20, 0, 1, False, 0.0, None, False)
+            args = (
+                torch.ones(3, 2, 8),
+                None,
+                None,
+                None,
+                packed,
+                "LSTM",
+                20,
+                0,
+                1,
+                False,
+                0.0,
+                None,
+                None,
+                False,
+                False,
+            )
             same = row["vector_bits"] == next(r["vector_bits"] for r in handtuned._C.isa_table() if r["name"] == isa)
             with nullcontext() if same else pytest.raises(RuntimeError, match="another instruction set"):
                 ops.rnn(*args)
 
 
 def test_packed_weights_of_another_size_are_refused() -> None:
-    packed = ops.rnn_pack(weights(hidden=4, width=3), "LSTM", False, True)
-    args = (None, None, None, packed, "LSTM", 8, 0, 1, False, 0.0, None, False)
+    packed = ops.rnn_pack(weights(hidden=4, width=3), "LSTM", False, True, 0.0, None)
+    args = (None, None, None, packed, "LSTM", 8, 0, 1, False, 0.0, None, None, False, False)
     with pytest.raises(RuntimeError, match="pass what rnn_pack made"):
         ops.rnn(X, *args)

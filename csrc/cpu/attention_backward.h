@@ -19,8 +19,9 @@ namespace handtuned::HANDTUNED_ISA {
 
 struct BackwardCut {
   int64_t tiles, chunks, chunk_keys;
-  int64_t run, runs;  // chunks that a piece takes, pieces of a head
-  BackwardCut(const Attention& p, int64_t threads) {
+  int64_t run, runs;        // chunks that a piece takes, pieces of a head
+  int64_t entries, groups;  // batch entries that a piece takes, groups of them
+  BackwardCut(const AttentionBackward& p, int64_t threads) {
     constexpr int64_t kRunElements = 1 << 16, kPiecesOfThread = 4;  // dK and dV in L2; work for all to the end
     tiles = (p.heads / p.kv_heads * p.query_rows + kAttentionTile - 1) / kAttentionTile;
     const int64_t heads = most(1, p.batch * p.kv_heads), wanted = least((kPieces + heads - 1) / heads, 8);
@@ -28,8 +29,10 @@ struct BackwardCut {
     const int64_t unit = p.dropout.p > 0 ? kKeyBlock : 64;
     chunk_keys = most(1, p.key_rows / (wanted * unit)) * unit;
     chunks = most(1, (p.key_rows + chunk_keys - 1) / chunk_keys);
+    entries = mask_entries(p, chunks);
+    groups = (p.batch + entries - 1) / entries;
     const int64_t fit = most(1, kRunElements / (chunk_keys * (p.width + p.value_width)));
-    const int64_t spare = most(1, heads * chunks / (kPiecesOfThread * threads));
+    const int64_t spare = most(1, groups * p.kv_heads * chunks / (kPiecesOfThread * threads));
     runs = (chunks - 1) / least(fit, spare) + 1;
     run = (chunks - 1) / runs + 1;
     runs = (chunks - 1) / run + 1;
@@ -63,7 +66,7 @@ HT_INLINE void add_tile(const Attention& p, const A* from, A* to) {
 }
 
 // A run of chunks of keys of (b, kv head). parts: dQ^T of each chunk and tile of the head, [chunk][tile][64 * width],
-// to be added later; nullptr where the run is the whole head and adds its own.
+// to be added later; nullptr where the run is the whole head and adds its own. mask_sum: of the head, or nullptr.
 template <class E>
 class BackwardPiece {
   using A = Accumulate<E>;
@@ -72,7 +75,7 @@ class BackwardPiece {
 
  public:
   BackwardPiece(const AttentionBackward& p, const BackwardCut& cut, int64_t b, int64_t kv_head, int64_t first_chunk,
-                const A* delta, A* parts)
+                const A* delta, A* parts, const MaskSums<A>& masks, A* mask_sum)
       : p_(p),
         cut_(cut),
         e_(attention_entry(p, b)),
@@ -82,6 +85,8 @@ class BackwardPiece {
         keys_{chunks_.begin * cut.chunk_keys, least(chunks_.end * cut.chunk_keys, e_.key_rows)},
         delta_(delta),
         parts_(parts),
+        masks_(masks),
+        mask_sum_(mask_sum),
         arena_(bytes(p, cut)),
         tile_(p, arena_) {
     const int64_t keys = most(0, keys_.end - keys_.begin);
@@ -103,7 +108,7 @@ class BackwardPiece {
       for (int64_t chunk = chunks_.begin; chunk < chunks_.end; ++chunk) {
         A* grad_query = chunk == chunks_.begin ? sum_ : own_;
         if (parts_) grad_query = parts_ + (chunk * cut_.tiles + t) * size;
-        add_chunk(chunk, grad_query);
+        add_chunk(t, chunk, grad_query);
         if (grad_query == own_) add_tile(p_, own_, sum_);
       }
       if (!parts_ && p_.grad_query.data) write_grad_query(p_, b_, kv_head_, t * kAttentionTile, sum_);
@@ -127,14 +132,16 @@ class BackwardPiece {
            Arena::bytes_of<A>(kBackwardBlock * value_width);
   }
 
-  // Everything that the tile and a chunk give; grad_query: dQ^T of both.
-  void add_chunk(int64_t chunk, A* grad_query) {
+  // Everything that tile t and a chunk give; grad_query: dQ^T of both.
+  void add_chunk(int64_t t, int64_t chunk, A* grad_query) {
     __builtin_memset(grad_query, 0, kAttentionTile * p_.width * sizeof(A));
     const int64_t start = chunk * cut_.chunk_keys, stop = least(start + cut_.chunk_keys, keys_.end);
     const int64_t begin = most(tile_.any.begin, start), end = least(tile_.any.end, stop);
     for (int64_t first = start + (begin - start) / kBackwardBlock * kBackwardBlock; first < end;
-         first += kBackwardBlock)
+         first += kBackwardBlock) {
+      if (mask_sum_) tile_.mask_grad = masks_.tile(mask_sum_, t, first);
       add_block(first, least(kBackwardBlock, stop - first), grad_query);
+    }
   }
 
   void add_block(int64_t first, int64_t n, A* grad_query) {
@@ -171,6 +178,8 @@ class BackwardPiece {
   KeyRange chunks_, keys_;
   const A* delta_;
   A* parts_;
+  const MaskSums<A>& masks_;
+  A* mask_sum_;
   Arena arena_;
   Tile tile_;
   A *grad_key_, *grad_value_;  // [key][padded width]
@@ -233,20 +242,26 @@ void attention_backward_in(const AttentionBackward& p) {
   find_delta<A>(p, delta.data);
   if (p.grad_sinks) find_grad_sinks(p, delta.data);
   if (p.grad_query.data || p.grad_key.data || p.grad_value.data) {
-    const int64_t pieces = p.batch * p.kv_heads * cut.runs,
+    MaskSums<A> masks(p, cut.groups);
+    const int64_t pieces = cut.groups * p.kv_heads * cut.runs,
                   head_size = cut.chunks * cut.tiles * kAttentionTile * p.width;
     const bool in_parts = cut.runs > 1 && p.grad_query.data;
     Scratch<A> parts(in_parts ? p.batch * p.kv_heads * head_size : 0);
     // Head by head, as in the forward; under a causal window the first chunks have the most work.
     parallel_pieces(pieces, run_of(p, pieces), [&](int64_t piece) {
-      const int64_t head = piece / cut.runs, first_chunk = piece % cut.runs * cut.run;
-      BackwardPiece<E>(p, cut, head / p.kv_heads, head % p.kv_heads, first_chunk, delta.data,
-                       in_parts ? parts.data + head * head_size : nullptr)
-          .run();
+      const int64_t group = piece / cut.runs / p.kv_heads, kv_head = piece / cut.runs % p.kv_heads;
+      const int64_t first_chunk = piece % cut.runs * cut.run;
+      const int64_t first_key = first_chunk * cut.chunk_keys;
+      A* mask_sum = masks.start(group, kv_head, {first_key, least(first_key + cut.run * cut.chunk_keys, p.key_rows)});
+      for (int64_t b = group * cut.entries; b < least((group + 1) * cut.entries, p.batch); ++b)
+        BackwardPiece<E>(p, cut, b, kv_head, first_chunk, delta.data,
+                         in_parts ? parts.data + (b * p.kv_heads + kv_head) * head_size : nullptr, masks, mask_sum)
+            .run();
     });
     if (in_parts) add_query_parts(p, cut, parts.data);
+    masks.write();
   }
-  if (p.grad_mask) find_grad_mask(p, delta.data);
+  if (p.grad_mask && !sums_mask_beside(p)) find_grad_mask(p, delta.data);
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

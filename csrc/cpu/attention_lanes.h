@@ -26,7 +26,6 @@ class LanesPiece {
     scores_ = arena_.template take<A>(kKeyBlock * W);
     bias_ = arena_.template take<A>(kKeyBlock * W);
     factor_ = arena_.template take<A>(kKeyBlock * W);
-    factor_row_ = arena_.template take<A>(kKeyBlock * W);
     key_scratch_ = arena_.template take<A>(kKeyBlock * padded<A>(p.width));
     value_scratch_ = arena_.template take<A>(kKeyBlock * padded<A>(p.value_width));
     first_of_head_ = first_row + kAttentionTile >= total;
@@ -93,8 +92,15 @@ class LanesPiece {
   }
 
  private:
+  // Asks for the mask that is needed after that of panel i for the keys before `end`.
+  HT_INLINE void prefetch_next_mask(int i, int64_t end) {
+    if (!panel_[i].masked) return;
+    const int64_t first = i + 1 < panels_ ? (end - 1) / kKeyBlock * kKeyBlock : end;
+    prefetch_mask(p_, panel_[i + 1 < panels_ ? i + 1 : 0], b_, first, least(kKeyBlock, keys_.end - first));
+  }
+
   // Asks for the block of keys and values at `first`.
-  void prefetch_keys(int64_t first) {
+  HT_INLINE void prefetch_keys(int64_t first) {
     const int64_t n = least(kKeyBlock, keys_.end - first);
     prefetch_rows(p_, p_.key, e_, b_, kv_head_, first, n, p_.width);
     prefetch_rows(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width);
@@ -102,7 +108,7 @@ class LanesPiece {
 
   static size_t bytes(const Attention& p) {
     return Arena::bytes_of<A>(kPanels * padded<A>(p.width) * W) +
-           Arena::bytes_of<A>(kPanels * padded<A>(p.value_width) * W) + 4 * Arena::bytes_of<A>(kKeyBlock * W) +
+           Arena::bytes_of<A>(kPanels * padded<A>(p.value_width) * W) + 3 * Arena::bytes_of<A>(kKeyBlock * W) +
            Arena::bytes_of<A>(kKeyBlock * padded<A>(p.width)) +
            Arena::bytes_of<A>(kKeyBlock * padded<A>(p.value_width)) +
            Arena::bytes_of<A>(W * padded<A>(most(p.width, p.value_width))) + 64 * 2 * kPanels;
@@ -125,11 +131,12 @@ class LanesPiece {
   void add_block(int i, PanelBlock part, Broadcast<E> keys, Broadcast<E> values, bool guarded) {
     const Panel<A>& panel = panel_[i];
     if (!load_bias(p_, panel, b_, part, bias_)) return;
+    prefetch_next_mask(i, part.first + part.n);
     multiply_width(part.n, panel.vectors, keys, query_[i], p_.width, scores_, W);
     finish_scores(p_, panel, part, scale_.rest, scores_, W, bias_, static_cast<A*>(nullptr));
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
-      load_dropout(p_, e_, panel, b_, part.first, part.n, factor_, factor_row_);
+      load_dropout(p_, e_, panel, b_, part.first, part.n, factor_);
       keep = factor_;
     }
     alignas(64) A scale[W];
@@ -158,7 +165,7 @@ class LanesPiece {
   A* out_[kPanels];          // O^T [value_width][W]
   bool started_[kPanels];    // whether `out` holds anything
   KeyRange keys_;
-  A *rows_, *scores_, *bias_, *factor_, *factor_row_, *key_scratch_, *value_scratch_;
+  A *rows_, *scores_, *bias_, *factor_, *key_scratch_, *value_scratch_;
 };
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -32,7 +32,6 @@ class RowsPiece {
     scores_ = arena_.template take<A>(kKeyBlock * L);
     bias_ = arena_.template take<A>(kKeyBlock * W);
     factor_ = arena_.template take<A>(kKeyBlock * W);
-    factor_row_ = arena_.template take<A>(kKeyBlock * W);
     key_scratch_ = arena_.template take<T>(kKeyBlock * pitch);
     value_scratch_ = arena_.template take<T>(kKeyBlock * value_pitch);
     __builtin_memset(query_, 0, kMost * pitch * sizeof(A));
@@ -80,7 +79,7 @@ class RowsPiece {
   static size_t bytes(const Attention& p) {
     const int64_t pitch = padded<A>(p.width), value_pitch = padded<A>(p.value_width);
     return Arena::bytes_of<A>(kMost * pitch) + Arena::bytes_of<A>(kMost * value_pitch) +
-           Arena::bytes_of<A>(kKeyBlock * L) + 3 * Arena::bytes_of<A>(kKeyBlock * W) +
+           Arena::bytes_of<A>(kKeyBlock * L) + 2 * Arena::bytes_of<A>(kKeyBlock * W) +
            Arena::bytes_of<T>(kKeyBlock * pitch) + Arena::bytes_of<T>(kKeyBlock * value_pitch);
   }
 
@@ -102,7 +101,7 @@ class RowsPiece {
     finish_scores(p_, panel_, part, A(1), scores_, L, bias_, static_cast<A*>(nullptr));
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
-      load_dropout(p_, e_, panel_, b_, part.first, part.n, factor_, factor_row_);
+      load_dropout(p_, e_, panel_, b_, part.first, part.n, factor_);
       keep = factor_;
     }
     alignas(64) A scale[W];
@@ -133,7 +132,7 @@ class RowsPiece {
   Panel<A> panel_;
   Running<A> softmax_;
   KeyRange keys_;
-  A *query_, *out_, *scores_, *bias_, *factor_, *factor_row_;  // Q [kMost][padded width], O [row][padded value_width]
+  A *query_, *out_, *scores_, *bias_, *factor_;  // Q [kMost][padded width], O [row][padded value_width]
   T *key_scratch_, *value_scratch_;
 };
 

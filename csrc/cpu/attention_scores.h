@@ -4,22 +4,26 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-// bias[j][lane] = the mask of (lane's query, key first + j): what is added to the score, -infinity to hide.
+// bias[j][lane] = the mask of (lane's query, key first + j): what is added to the score, -infinity to hide. Returns
+// whether it leaves anything to see.
 template <class M, class A>
-inline void load_mask(const M* data, const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n,
+inline bool load_mask(const M* data, const AttentionMask& m, const Panel<A>& panel, int64_t b, int64_t first, int64_t n,
                       A* bias) {
   constexpr int W = Panel<A>::W, L = Panel<A>::L;
   const M* rows[W];
   for (int lane = 0; lane < panel.rows; ++lane)
     rows[lane] = data + b * m.batch + panel.head[lane] * m.head + panel.query[lane] * m.row + first * m.key;
+  vec<A> top = broadcast(-A(__builtin_inf()));
   auto keys_of = [&](int lane, int64_t j, int64_t count) HT_LAMBDA {
     const M* row = rows[lane] + j * m.key;
     M near[L];
     if (m.key != 1 || count < L) {
-      for (int64_t i = 0; i < count; ++i) near[i] = row[i * m.key];
+      for (int64_t i = 0; i < L; ++i) near[i] = row[least(i, count - 1) * m.key];
       row = near;
     }
-    return load_bias(row, A());
+    const vec<A> keys = load_bias(row, A());
+    top = larger(keys, top);
+    return keys;
   };
   if (one_mask_row(m, panel)) {
     for (int64_t j = 0; j < n; j += L) {
@@ -30,17 +34,28 @@ inline void load_mask(const M* data, const AttentionMask& m, const Panel<A>& pan
   } else {
     pack_transposed(n, panel.rows, panel.vectors, bias, keys_of);
   }
+  return any(top != -A(__builtin_inf()));
 }
 
-// What p.dropout multiplies the weights of the block with, transposed like the scores. row: scratch [W][kKeyBlock].
+// Asks for what load_mask() will read of a panel: short stretches of rows far apart, which no hardware foresees.
+template <class A>
+HT_INLINE void prefetch_mask(const Attention& p, const Panel<A>& panel, int64_t b, int64_t first, int64_t n) {
+  const AttentionMask& m = p.mask;
+  if (!panel.masked || m.key != 1 || one_mask_row(m, panel)) return;
+  const int64_t element = m.boolean ? 1 : bytes_of(m.dtype);
+  const char* data = static_cast<const char*>(m.data) + (b * m.batch + first) * element;
+  for (int lane = 0; lane < panel.rows; ++lane)
+    prefetch_row(data + (panel.head[lane] * m.head + panel.query[lane] * m.row) * element, n * element);
+}
+
+// factor[j][lane] = what p.dropout multiplies the weights of the block with, lines as far apart as a panel is wide.
 template <class A>
 inline void load_dropout(const Attention& p, const AttentionEntry& e, const Panel<A>& panel, int64_t b, int64_t first,
-                         int64_t n, A* factor, A* row) {
-  for (int lane = 0; lane < panel.rows; ++lane)
-    dropout_row<false>(row + lane * kKeyBlock, n, lse_index(p, e, b, panel.head[lane], panel.query[lane]), p.dropout,
-                       first);
-  pack_transposed(n, panel.rows, panel.vectors, factor,
-                  [&](int lane, int64_t j, int64_t) { return load(row + lane * kKeyBlock + j); });
+                         int64_t n, A* factor) {
+  constexpr int W = Panel<A>::W, L = kLanes<float>;
+  int64_t rows[W] = {};
+  for (int lane = 0; lane < panel.rows; ++lane) rows[lane] = lse_index(p, e, b, panel.head[lane], panel.query[lane]);
+  dropout_lanes(factor, W, n, rows, (panel.rows + L - 1) / L * L, p.dropout, first);
 }
 
 // The part of a block that a panel works on: keys [first, first + n), and whether some row does not see some of them.
@@ -61,17 +76,10 @@ HT_INLINE PanelBlock visible_part(const Attention& p, const Panel<A>& panel, int
 // bias [kKeyBlock][W] = the mask of a panel's block, if the panel is masked. Whether it leaves anything to see.
 template <class A>
 inline bool load_bias(const Attention& p, const Panel<A>& panel, int64_t b, PanelBlock block, A* bias) {
-  if (!panel.masked) return true;
-  with_mask<A>(p.mask, [&](auto* data) { load_mask(data, p.mask, panel, b, block.first, block.n, bias); });
-  alignas(64) A most_visible[Panel<A>::W];
-  for (int v = 0; v < panel.vectors; ++v) {
-    vec<A> top = load(bias + v * Panel<A>::L);
-    for (int64_t j = 1; j < block.n; ++j) top = larger(load(bias + j * Panel<A>::W + v * Panel<A>::L), top);
-    store(most_visible + v * Panel<A>::L, top);
-  }
-  for (int lane = 0; lane < panel.rows; ++lane)
-    if (most_visible[lane] != -A(__builtin_inf())) return true;
-  return false;
+  bool some = true;
+  if (panel.masked)
+    with_mask<A>(p.mask, [&](auto* data) { some = load_mask(data, p.mask, panel, b, block.first, block.n, bias); });
+  return some;
 }
 
 // Turns the products scale / rest * q.k in s[j][lane] into scores. Keys that a row does not see get -infinity. bias:

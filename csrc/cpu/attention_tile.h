@@ -34,7 +34,6 @@ class BackwardTile {
     row_ = arena.take<A>(W * padded<A>(most(p.width, p.value_width)));
     bias_ = arena.take<A>(kKeyBlock * W);
     factor_ = arena.take<A>(kKeyBlock * W);
-    factor_row_ = arena.take<A>(kKeyBlock * W);
     derivative_ = arena.take<A>(kBackwardBlock * W);
   }
 
@@ -42,7 +41,7 @@ class BackwardTile {
     return Arena::bytes_of<A>(kPanels * p.width * W) + Arena::bytes_of<A>(kPanels * p.value_width * W) +
            Arena::bytes_of<A>(kRows * padded<A>(p.width)) + Arena::bytes_of<A>(kRows * padded<A>(p.value_width)) +
            Arena::bytes_of<A>(W * padded<A>(most(p.width, p.value_width))) +
-           5 * Arena::bytes_of<A>(kBackwardBlock * kRows) + 4 * Arena::bytes_of<A>(kKeyBlock * W);
+           5 * Arena::bytes_of<A>(kBackwardBlock * kRows) + 3 * Arena::bytes_of<A>(kKeyBlock * W);
   }
 
   // Rows [first_row, first_row + 64) of (b, kv head), or those before `end_row`. delta: like the lse.
@@ -69,12 +68,18 @@ class BackwardTile {
       seen[i] = part.n > 0 && load_bias(p_, panel[i], b_, part, bias_);
       if (part.n < n || !seen[i])
         for (E* block : {dropped, score_grad}) clear(block + i * W / kPack<E>, seen[i] ? part : PanelBlock{}, first, n);
+      // The mask of the next panel, or of the next block.
+      if (i + 1 < panels)
+        prefetch_mask(p_, panel[i + 1], b_, first, n);
+      else
+        prefetch_mask(p_, panel[0], b_, first + n, least(kBackwardBlock, any.end - first - n));
       if (seen[i]) panel_scores(i, part, part.first - first, keys, values);
     }
     return hides;
   }
 
   bool through_softcap = true;  // whether score_grad is that of q.k, or of what the mask is added to
+  A* mask_grad = nullptr;       // [key of the block][64 rows] where the latter is added up as well
   int panels;
   int64_t rows;
   KeyRange any;
@@ -155,7 +160,7 @@ class BackwardTile {
     const A* keep = nullptr;
     if (p_.dropout.p > 0) {
       const int64_t aligned = part.first / kKeyBlock * kKeyBlock, ahead = part.first - aligned;
-      load_dropout(p_, e_, own, b_, aligned, ahead + part.n, factor_, factor_row_);
+      load_dropout(p_, e_, own, b_, aligned, ahead + part.n, factor_);
       keep = factor_ + ahead * W;
     }
     for (int v = 0; v < own.vectors; ++v) {
@@ -178,9 +183,15 @@ class BackwardTile {
             kept[u] = p[u] * k;
           }
           // dS = P * (dP - delta); nothing of a hidden key enters
-          grad_of[u] = p[u] * (dp - delta);
-          if (p_.softcap > 0 && through_softcap) grad_of[u] *= HANDTUNED_ISA::load(derivative_ + row * W + v * L);
-          grad_of[u] = p[u] == A(0) ? vec<A>{} : grad_of[u];
+          grad_of[u] = p[u] == A(0) ? vec<A>{} : p[u] * (dp - delta);
+          if (mask_grad && u <= both) {
+            A* sum = mask_grad + (skipped + row) * kRows + i * W + v * L;
+            store(sum, HANDTUNED_ISA::load(sum) + grad_of[u]);
+          }
+          if (p_.softcap > 0 && through_softcap) {
+            const vec<A> derivative = HANDTUNED_ISA::load(derivative_ + row * W + v * L);
+            grad_of[u] = p[u] == A(0) ? vec<A>{} : grad_of[u] * derivative;
+          }
         }
         write(skipped + j, i * W + v * L, both, kept, grad_of);
       }
@@ -208,7 +219,7 @@ class BackwardTile {
   int64_t b_;
   alignas(64) A lse_[kPanels][W], delta_[kPanels][W];
   A *weight_, *weight_grad_;  // S and dP: of floats where P and dS will be, else [kBackwardBlock][W] of one panel
-  A *row_, *bias_, *factor_, *factor_row_, *derivative_;
+  A *row_, *bias_, *factor_, *derivative_;
 };
 
 }  // namespace handtuned::HANDTUNED_ISA

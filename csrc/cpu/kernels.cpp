@@ -1,7 +1,7 @@
 // The function table of one instruction set. This file and those of the families (norm.cpp, attention.cpp, linear.cpp,
-// rnn.cpp) are compiled once for each: the build passes the ISA's flags and its namespace as HANDTUNED_ISA. Nothing in
-// them or below may include a torch or STL header with inline code: the linker could keep an AVX-512 copy of a function
-// that the rest of the library shares.
+// rotary.cpp, rnn.cpp) are compiled once for each: the build passes the ISA's flags and its namespace as HANDTUNED_ISA.
+// Nothing in them or below may include a torch or STL header with inline code: the linker could keep an AVX-512 copy of
+// a function that the rest of the library shares.
 #include "kernels.h"
 
 #include "limits.h"
@@ -21,6 +21,10 @@ const Kernels table = {
     &linear_backward,
     &linear_int8_pack,
     &linear_int8,
+    &cross_entropy_forward,
+    &cross_entropy_backward,
+    &rotary,
+    &append_kv,
     &rnn_pack,
     &rnn_forward,
     &rnn_backward,

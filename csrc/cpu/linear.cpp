@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include "kernels.h"
+#include "cross_entropy.h"
 #include "linear_backward.h"
 #include "linear_int8.h"
 
@@ -27,6 +28,14 @@ void linear_forward(const LinearForward& p) {
 
 void linear_backward(const LinearBackward& p) {
   with_tensors(p.dtype, [&](auto t) { linear_backward_in<decltype(t)>(p); });
+}
+
+void cross_entropy_forward(const CrossEntropyForward& p) {
+  with_tensors(p.dtype, [&](auto t) { cross_entropy_forward_in<decltype(t)>(p); });
+}
+
+void cross_entropy_backward(const CrossEntropyBackward& p) {
+  with_tensors(p.dtype, [&](auto t) { cross_entropy_backward_in<decltype(t)>(p); });
 }
 
 void linear_int8_pack(const LinearInt8Pack& p) { linear_int8_pack_in(p); }

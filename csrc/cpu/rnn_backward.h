@@ -13,29 +13,45 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-// The cell's back() for `rows` places of one panel. keep: as the forward left it, of place p row[p] times further.
-// state, dh, dc: [rows][4][L]; dh becomes the part that does not go through W_h. d of place p goes to gates
-// [row[p]][slots][pitch].
+// The cell's back() for some places of one panel.
 template <class A, class O>
-using BackLoop = void (*)(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, O* gates,
-                          int64_t pitch, int64_t hidden, int64_t first);
+struct BackCall {
+  const Rnn& p;
+  int64_t rows;
+  const A* keep;  // as the forward left it, of place i row[i] * keep_row further
+  int64_t keep_row;
+  const int64_t* row;
+  const A* peepholes;  // [kPeepholes][4 L] of the panel
+  const A* state;      // the one that back() asks for, [rows][4 L] like the next two
+  A *dh, *dc;          // dh becomes the part that does not go through W_h
+  O* gates;            // d of place i goes to [row[i]][slots][pitch]
+  int64_t pitch, first;
+};
+
+template <class A, class O>
+using BackLoop = void (*)(const BackCall<A, O>&);
 
 template <template <class> class Cell, class A, class O>
-void back_loop(int64_t rows, const A* keep, const int64_t* row, const A* state, A* dh, A* dc, O* gates, int64_t pitch,
-               int64_t hidden, int64_t first) {
+void back_loop(const BackCall<A, O>& call) {
   using C = Cell<vec<A>>;
   constexpr int L = kLanes<A>, K = C::kKept, S = C::kSlots;
-  for (int64_t p = 0; p < rows; ++p) {
-    for (int64_t v = 0; v < 4 && first + v * L < hidden; ++v) {
-      const int64_t unit = first + v * L, n = hidden - unit, at = (p * 4 + v) * L;
-      vec<A> kept[K ? K : 1], d[S], cell = C::kCell ? load(dc + at) : vec<A>{};
-      for (int k = 0; k < K; ++k) kept[k] = load_first(keep + (row[p] * K + k) * hidden + unit, n);
-      store(dh + at, C::back(kept, load(state + at), load(dh + at), cell, d));
-      if (C::kCell) store(dc + at, cell);
+  const Rnn& p = call.p;
+  Variant<vec<A>> variant{p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
+  for (int64_t i = 0; i < call.rows; ++i) {
+    for (int64_t v = 0; v < 4 && call.first + v * L < p.hidden; ++v) {
+      const int64_t unit = call.first + v * L, n = p.hidden - unit, at = (i * 4 + v) * L;
+      vec<A> kept[K], d[S], cell = C::kCell ? load(call.dc + at) : vec<A>{};
+      for (int k = 0; k < K; ++k)
+        kept[k] = load_first(call.keep + call.row[i] * call.keep_row + k * p.hidden + unit, n);
+      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
+        variant.peephole[k] = load(call.peepholes + (k * 4 + v) * L);
+      const vec<A> state = C::kKept > 1 ? load(call.state + at) : vec<A>{};
+      store(call.dh + at, C::back(variant, kept, state, load(call.dh + at), cell, d));
+      if (C::kCell) store(call.dc + at, cell);
       for (int k = 0; k < S; ++k) {
-        O* to = gates + (row[p] * S + k) * pitch + unit;
+        O* to = call.gates + (call.row[i] * S + k) * call.pitch + unit;
         store_first(to, d[k], n);
-        if (n < pitch - unit && n < L) to[n] = O{};
+        if (n < call.pitch - unit && n < L) to[n] = O{};
       }
     }
   }
@@ -45,6 +61,7 @@ template <class A, class O>
 BackLoop<A, O> back_loop_of(RnnCell cell) {
   switch (cell) {
     case RnnCell::lstm: return &back_loop<Lstm, A, O>;
+    case RnnCell::coupled: return &back_loop<CoupledLstm, A, O>;
     case RnnCell::gru: return &back_loop<Gru, A, O>;
     case RnnCell::tanh: return &back_loop<ElmanTanh, A, O>;
     default: return &back_loop<ElmanRelu, A, O>;
@@ -63,7 +80,9 @@ struct LayerBackward {
   const A* grad_output;  // [rows][directions * state] of the layer above, nullptr: the caller's
   const A* output;       // of the forward, [rows][directions * state]
   const A* keep[2];
-  const T *wx[2], *wh[2], *wr[2];  // of each direction, as the caller has them
+  const T *wx[2], *wh[2], *wr[2];  // of each direction, as the caller has them; wh under its dropout
+  const T* peepholes[2];
+  const A* masks;  // of the states that W_h multiplied, as in the forward
   BackLoop<A, O> back;
   int64_t steps;
   O* ring;       // [direction][2][batch][slots * pitch]
@@ -77,6 +96,9 @@ struct LayerBackward {
   int64_t slots() const { return slots_of(p.cell) * pitch(); }
   // Whether the rows of a step lie apart, so that a product needs them brought together.
   bool scatters(int64_t direction) const { return direction == 1 && p.lengths; }
+  const A* kept_cell(int64_t direction, int64_t row) const {  // c after a step
+    return keep[direction] + ((row + 1) * rnn_kept(p) - 1) * p.hidden;
+  }
   O* ring_row(int64_t direction, int64_t step, int64_t place) const {
     return ring + ((direction * 2 + (step & 1)) * p.batch + place) * slots();
   }
@@ -84,6 +106,9 @@ struct LayerBackward {
   const O* d_rows(int64_t direction, int64_t step) const {
     return scatters(direction) ? ring_row(direction, step, 0)
                                : gates[direction] + row_of(p, direction, step, 0) * slots();
+  }
+  const A* mask(int64_t direction, int64_t place) const {
+    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
   }
   O* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * r_pitch(); }
 };
@@ -93,6 +118,9 @@ template <class E>
 struct BackwardPart : Part {
   // [panels of the state][batch][4 L], [panels of hidden units][batch][4 L]
   Accumulate<E>*dh, *dc;
+  Accumulate<E>* around;     // like dh: the gradient that zoneout leads past a step to the state before it
+  Accumulate<E>* peepholes;  // [panels of hidden units][kPeepholes][4 L]
+  Shares<Accumulate<E>> zone_h, zone_c;
   // As elements: W_h's columns [panels of the state][gates * pitch][4 L], W_r's [panels of hidden units][r_pitch][4 L]
   E *wh, *wr;
 };
@@ -109,11 +137,17 @@ class BackwardTask {
   BackwardTask(const Layer& layer, Team& team) : y_(layer), p_(layer.p), team_(team), arena_(find_parts()) {
     m_ = arena_.template take<A>(p_.batch * W);
     state_ = arena_.template take<A>(p_.batch * W);
+    around_ = arena_.template take<A>(p_.batch * W);
+    sums_ = arena_.template take<A>(p_.batch * W);
     row_ = arena_.template take<int64_t>(p_.batch);
     for (int i = 0; i < count_; ++i) {
       Slice& part = parts_[i];
       part.dh = arena_.template take<A>(state_panels(part) * p_.batch * W);
       part.dc = arena_.template take<A>((part.end - part.begin) * p_.batch * W);
+      part.around = arena_.template take<A>(zones_h() * state_panels(part) * p_.batch * W);
+      part.peepholes = arena_.template take<A>((part.end - part.begin) * rnn_peepholes(p_) * W);
+      if (const int64_t n = cover_h(part)) part.zone_h.data = arena_.template take<A>(n);
+      if (const int64_t n = cover_c(part)) part.zone_c.data = arena_.template take<A>(n);
       part.wh = arena_.template take<E>(state_panels(part) * wh_elements());
       part.wr = arena_.template take<E>(y_.projects() ? (part.end - part.begin) * wr_elements() : 0);
     }
@@ -146,16 +180,27 @@ class BackwardTask {
     return y_.projects() ? part.r_end - part.r_begin : part.end - part.begin;
   }
 
+  bool zones_h() const { return p_.zoneout.p > 0; }
+  int64_t cover_h(Slice& part) const {
+    const int64_t begin = state_begin(part);
+    return part.zone_h.cover(p_, p_.zoneout, begin * W, (begin + state_panels(part)) * W);
+  }
+  int64_t cover_c(Slice& part) const { return part.zone_c.cover(p_, p_.cell_zoneout, part.begin * W, part.end * W); }
+
   // Fills parts_; returns the bytes that they need.
   size_t find_parts() {
     const int64_t panels = (p_.hidden + W - 1) / W, r_panels = y_.projects() ? (p_.state + W - 1) / W : 0;
-    size_t bytes = 2 * Arena::bytes_of<A>(p_.batch * W) + Arena::bytes_of<int64_t>(p_.batch);
+    size_t bytes = 4 * Arena::bytes_of<A>(p_.batch * W) + Arena::bytes_of<int64_t>(p_.batch);
     for (int i = 0; i < team_.count(); ++i) {
       Part found[2];
       const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
       for (int j = 0; j < n; ++j) {
         const int64_t own = found[j].end - found[j].begin;
-        static_cast<Part&>(parts_[count_++]) = found[j];
+        Slice& part = parts_[count_++];
+        static_cast<Part&>(part) = found[j];
+        bytes += Arena::bytes_of<A>(zones_h() * state_panels(part) * p_.batch * W) +
+                 Arena::bytes_of<A>(own * rnn_peepholes(p_) * W) + Arena::bytes_of<A>(cover_h(part)) +
+                 Arena::bytes_of<A>(cover_c(part));
         bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<E>(y_.projects() ? own * wr_elements() : 0) +
                  Arena::bytes_of<A>(state_panels(found[j]) * p_.batch * W) +
                  Arena::bytes_of<E>(state_panels(found[j]) * wh_elements());
@@ -189,6 +234,12 @@ class BackwardTask {
                      part.wh + i * wh_elements() + g * of_gate);
     for (int64_t i = part.begin; i < part.end && y_.projects(); ++i)
       take_columns(y_.wr[d], p_.state, p_.hidden, i, part.wr + (i - part.begin) * wr_elements());
+    A* to = part.peepholes;
+    for (int64_t i = part.begin; i < part.end; ++i)
+      for (int64_t k = 0; k < rnn_peepholes(p_); ++k, to += W)
+        each_vector(i, p_.hidden, [&](int64_t v, int64_t unit, int64_t n) {
+          store(to + v * L, load_first(y_.peepholes[d] + k * p_.hidden + unit, n));
+        });
   }
 
   int64_t state_row(int64_t d, int64_t place) const {  // in h0, hn and their like
@@ -209,12 +260,24 @@ class BackwardTask {
     for (int64_t i = 0; i < state_panels(part); ++i)
       copy(p_.grad_hn, p_.state, state_begin(part) + i, part.dh + i * p_.batch * W);
     for (int64_t i = part.begin; i < part.end; ++i)
-      copy(p_.cell == RnnCell::lstm ? p_.grad_cn : nullptr, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
+      copy(has_cell_state(p_.cell) ? p_.grad_cn : nullptr, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
+  }
+
+  // Under zoneout, of the gradient of a state [n][4 L]: the old state's part goes around, the new one's stays.
+  static void part_ways(const Shares<A>& zone, int64_t n, int64_t panel, A* gradient, A* around) {
+    for (int64_t j = 0; zone.data && j < n * W; j += L) {
+      const vec<A> w = load(zone.of(j / W, panel * W + j % W)), all = load(gradient + j);
+      store(around + j, (1 - w) * all), store(gradient + j, w * all);
+    }
+  }
+  static void rejoin(const Shares<A>& zone, int64_t n, const A* around, A* gradient) {
+    for (int64_t j = 0; zone.data && j < n * W; j += L) store(gradient + j, load(gradient + j) + load(around + j));
   }
 
   // dh += gradient of the output at this step.
   void take_gradient(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
+    part.zone_h.draw(p_, RnnDraw::zoneout, p_.zoneout, y_.layer * p_.directions + d, s, n);
     for (int64_t i = 0; i < state_panels(part); ++i) {
       const int64_t panel = state_begin(part) + i;
       A* dh = part.dh + i * p_.batch * W;
@@ -229,7 +292,11 @@ class BackwardTask {
           add(y_.grad_output + row * p_.directions * p_.state);
         else if (p_.grad_output.data)
           add(caller_row<const T>(p_, p_.grad_output, time, place));
-        if (!y_.projects()) continue;
+      }
+      dh = part.dh + i * p_.batch * W;
+      part_ways(part.zone_h, n, panel, dh, part.around + i * p_.batch * W);
+      for (int64_t place = 0; place < n && y_.projects(); ++place, dh += W) {
+        const int64_t row = row_of(p_, d, s, place);
         each_vector(panel, p_.state, [&](int64_t v, int64_t unit, int64_t left) {
           O* to[2] = {y_.r_row(d, place) + unit, y_.grad_r[d] + row * y_.r_pitch() + unit};
           for (O* one : to) {
@@ -245,9 +312,14 @@ class BackwardTask {
   void step(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
     for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
+    part.zone_c.draw(p_, RnnDraw::cell_zoneout, p_.cell_zoneout, y_.layer * p_.directions + d, s, n);
+    // What a step of the simple cells left is its output, unless zoneout parts the two.
+    const bool in_output = rnn_kept(p_) == 0;
+    const A* keep = in_output ? y_.output + d * p_.state : y_.keep[d];
+    const int64_t keep_row = in_output ? p_.directions * p_.state : rnn_kept(p_) * p_.hidden;
     for (int64_t i = part.begin; i < part.end; ++i) {
       const int64_t own = i - part.begin;
-      A* dh = part.dh + own * p_.batch * W;
+      A *dh = part.dh + own * p_.batch * W, *dc = part.dc + own * p_.batch * W;
       if (y_.projects()) {
         // gradient of what is projected = dh * W_r
         dh = m_;
@@ -256,7 +328,18 @@ class BackwardTask {
         multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, dh);
       }
       for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
-      y_.back(n, y_.keep[d], row_, state_, dh, part.dc + own * p_.batch * W, y_.gates[d], y_.pitch(), p_.hidden, i * W);
+      for (int64_t place = 0; place < n && p_.grad_cells.data && y_.layer + 1 == p_.layers; ++place) {
+        const T* row = caller_row<const T>(p_, p_.grad_cells, time_of(p_, d, s, place), place) + d * p_.hidden;
+        A* to = dc + place * W;
+        each_vector(i, p_.hidden, [&](int64_t v, int64_t unit, int64_t left) {
+          store(to + v * L, load(to + v * L) + load_first(row + unit, left));
+        });
+      }
+      part_ways(part.zone_c, n, i, dc, around_);
+      y_.back({p_, n, keep, keep_row, row_, part.peepholes + own * rnn_peepholes(p_) * W, state_, dh, dc, y_.gates[d],
+               y_.pitch(), i * W});
+      rejoin(part.zone_c, n, around_, dc);
+      if (!y_.projects()) rejoin(part.zone_h, n, part.around + own * p_.batch * W, dh);
       for (int64_t place = 0; place < n && y_.scatters(d); ++place) bring_together(d, s, place, i);
     }
   }
@@ -278,29 +361,35 @@ class BackwardTask {
         store(to + v * L, row ? load_first(row + unit, n) : vec<A>{});
       });
     };
-    const bool lstm = p_.cell == RnnCell::lstm, before = lstm || p_.cell == RnnCell::gru;
-    if (before && s == 0) {
-      const void* first = lstm ? p_.c0 : p_.h0;
+    const bool cell = has_cell_state(p_.cell);
+    if (!cell && p_.cell != RnnCell::gru) return;
+    if (s == 0) {
+      const void* first = cell ? p_.c0 : p_.h0;
       return take(first ? static_cast<const T*>(first) + state_row(d, place) * p_.hidden : nullptr);
     }
-    const int64_t row = before ? row_of(p_, d, s - 1, place) : row_[place];
-    const A* kept = y_.keep[d];
-    take(lstm ? kept + (row * 5 + 4) * p_.hidden : y_.output + (row * p_.directions + d) * p_.state);
+    const int64_t row = row_of(p_, d, s - 1, place);
+    take(cell ? y_.kept_cell(d, row) : y_.output + (row * p_.directions + d) * p_.state);
   }
 
-  // dh of own panels += d * W_h
+  // dh of own panels += d * W_h, under the mask of the states.
   void pass_on(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
     for (int64_t i = 0; i < state_panels(part); ++i) {
-      A* dh = part.dh + i * p_.batch * W;
-      if (y_.projects())
-        for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
+      A *dh = part.dh + i * p_.batch * W, *sums = y_.masks ? sums_ : dh;
+      for (int64_t j = 0; j < n * W && y_.projects(); j += L) store(dh + j, vec<A>{});
+      for (int64_t j = 0; j < n * W && y_.masks; j += L) store(sums + j, vec<A>{});
       for (int64_t g = 0; g < gates; ++g) {
         const O* from = y_.d_rows(d, s) + state_slot(p_.cell, g) * y_.pitch();
         const Broadcast<E> gradient{reinterpret_cast<const E*>(from), y_.slots() / kPack<E>, 1};
         const int64_t depth = y_.pitch() / kPack<E>;
-        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, dh);
+        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, sums);
       }
+      for (int64_t place = 0; place < n && y_.masks; ++place)
+        each_vector(state_begin(part) + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
+          const int64_t at = place * W + v * L;
+          store(dh + at, load(dh + at) + load(sums + at) * load(y_.mask(d, place) + unit));
+        });
+      if (y_.projects()) rejoin(part.zone_h, n, part.around + i * p_.batch * W, dh);
     }
   }
 
@@ -325,7 +414,7 @@ class BackwardTask {
   int count_ = 0;
   Slice parts_[2 * kMostSlices];
   Arena arena_;
-  A *m_, *state_;
+  A *m_, *state_, *around_, *sums_;
   int64_t* row_;
 };
 

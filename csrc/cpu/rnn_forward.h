@@ -19,46 +19,68 @@ namespace handtuned::HANDTUNED_ISA {
 // The step's gates for some places of some panels.
 template <class A>
 struct GateCall {
+  const Rnn& p;
   int64_t panels, rows;
   const A *x, *s;  // of a panel [rows][vectors][L], the next one's x_panel and s_panel further
   int64_t x_panel, s_panel;
   A *h, *c;  // of a panel [rows][units], the next one's state_panel further; updated
   int64_t state_panel;
-  A* keep;  // of place p row[p] times further [kKept][hidden]; nullptr: inference
+  A* keep;  // of place p row[p] times further [kKept][hidden]; nullptr: not wanted
   const int64_t* row;
-  int64_t hidden, first;  // unit of the first panel
+  const A* peepholes;  // [kPeepholes][pitch]
+  Shares<A> zone_h, zone_c;
+  int64_t first;  // unit of the first panel
 };
 
 template <class A>
 using GateLoop = void (*)(const GateCall<A>&);
 
-template <template <class> class Cell, class A>
+// Gates: Plain, or Variant, which with its branches takes a tenth longer.
+template <template <class> class Cell, template <class> class Gates, class A>
 void gate_loop(const GateCall<A>& call) {
   using C = Cell<vec<A>>;
+  using P = Gates<vec<A>>;
   constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
+  const Rnn& p = call.p;
+  P gates;
+  if constexpr (!P::kPlain) gates = {p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
   for (int64_t i = 0; i < call.panels; ++i) {
+    if constexpr (!P::kPlain)
+      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
+        gates.peephole[k] = load(call.peepholes + k * rnn_peephole_pitch(p) + call.first + i * L);
     for (int64_t at = 0; at < call.rows * V; ++at) {
+      const int64_t unit = call.first + (i * V + at % V) * L;
       const A *x = call.x + i * call.x_panel + at * G * L, *s = call.s + i * call.s_panel + at * G * L;
       A *h = call.h + i * call.state_panel + at * L, *c = call.c + i * call.state_panel + at * L;
-      vec<A> xs[G], ss[G], kept[K ? K : 1], cell = C::kCell ? load(c) : vec<A>{};
+      vec<A> xs[G], ss[G], kept[K], cell = C::kCell ? load(c) : vec<A>{};
       for (int g = 0; g < G; ++g) xs[g] = load(x + g * L), ss[g] = load(s + g * L);
-      store(h, C::step(xs, ss, load(h), cell, kept));
-      if (C::kCell) store(c, cell);
-      const int64_t unit = call.first + (i * V + at % V) * L;
-      for (int k = 0; call.keep && k < K && unit < call.hidden; ++k)
-        store_first(call.keep + (call.row[at / V] * K + k) * call.hidden + unit, kept[k], call.hidden - unit);
+      vec<A> next = C::step(gates, xs, ss, load(h), cell, kept);
+      if constexpr (!P::kPlain) {
+        next = zone(call.zone_h.of(at / V, unit), next, load(h));
+        if (C::kCell) cell = zone(call.zone_c.of(at / V, unit), cell, load(c));
+      }
+      store(h, next);
+      if (C::kCell) store(c, kept[K - 1] = cell);
+      for (int k = 0; call.keep && k < K && unit < p.hidden; ++k)
+        store_first(call.keep + (call.row[at / V] * K + k) * p.hidden + unit, kept[k], p.hidden - unit);
     }
   }
 }
 
-template <class A>
-GateLoop<A> gate_loop_of(RnnCell cell) {
+template <template <class> class Gates, class A>
+GateLoop<A> gate_loop_with(RnnCell cell) {
   switch (cell) {
-    case RnnCell::lstm: return &gate_loop<Lstm, A>;
-    case RnnCell::gru: return &gate_loop<Gru, A>;
-    case RnnCell::tanh: return &gate_loop<ElmanTanh, A>;
-    default: return &gate_loop<ElmanRelu, A>;
+    case RnnCell::lstm: return &gate_loop<Lstm, Gates, A>;
+    case RnnCell::coupled: return &gate_loop<CoupledLstm, Gates, A>;
+    case RnnCell::gru: return &gate_loop<Gru, Gates, A>;
+    case RnnCell::tanh: return &gate_loop<ElmanTanh, Gates, A>;
+    default: return &gate_loop<ElmanRelu, Gates, A>;
   }
+}
+template <class A>
+GateLoop<A> gate_loop_of(const Rnn& p) {
+  const bool varies = p.hard_sigmoid || p.hard_tanh || p.peepholes || p.zoneout.p > 0 || p.cell_zoneout.p > 0;
+  return varies ? gate_loop_with<Variant, A>(p.cell) : gate_loop_with<Plain, A>(p.cell);
 }
 
 // ---- a layer ------------------------------------------------------------------------------------------------------
@@ -68,6 +90,7 @@ template <class A, class T>
 struct DirectionWeights {
   const T *x, *h, *r;
   const A *x_bias, *h_bias;  // [panels][vectors][L]
+  const A* peepholes;        // [kPeepholes][pitch]
 };
 
 template <class E, class T>
@@ -80,7 +103,7 @@ struct LayerForward {
   const A* input;  // [rows][width] of the layer below, nullptr: the caller's
   A* output;       // [rows][directions * state], nullptr: the caller's alone
   bool last;       // output goes to the caller
-  A* keep[2];      // of each direction, nullptr: inference
+  A* keep[2];      // of each direction, nullptr: nothing to keep
   GateLoop<A> gates;
   PanelShape wx, wh, wr;
   DirectionWeights<A, T> weights[2];
@@ -88,10 +111,14 @@ struct LayerForward {
   int64_t stretch;  // steps whose X is made ahead
   O* ring;          // [direction][2][batch][state]: h of the last two steps
   O* m_ring;        // [direction][batch][hidden]: what is to be projected
+  A* masks;         // [direction][batch][pitch] on h for W_h, nullptr: none
 
   bool projects() const { return p.state != p.hidden; }
   O* h_row(int64_t direction, int64_t step, int64_t place) const {  // h after `step`
     return ring + ((direction * 2 + (step & 1)) * p.batch + place) * round_up(p.state, 2);
+  }
+  const A* mask(int64_t direction, int64_t place) const {
+    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
   }
   O* m_row(int64_t direction, int64_t place) const {
     return m_ring + (direction * p.batch + place) * round_up(p.hidden, 2);
@@ -102,7 +129,9 @@ struct LayerForward {
 template <class A>
 struct ForwardPart : Part {
   A *h, *c;  // [panels][batch][units]; h is what is to be projected where there is a projection
+  A* r;      // [projection's panels][batch][units]: the state where there is one
   A* x;      // [panels][rows of a stretch][vectors][L]
+  Shares<A> zone_h, zone_c;
 };
 
 // One task's share of a layer.
@@ -126,7 +155,10 @@ class ForwardTask {
       const int64_t panels = parts_[i].end - parts_[i].begin;
       parts_[i].h = arena_.template take<A>(panels * p_.batch * units());
       parts_[i].c = arena_.template take<A>(panels * p_.batch * units());
+      parts_[i].r = arena_.template take<A>((parts_[i].r_end - parts_[i].r_begin) * p_.batch * units_of<A>(y_.wr));
       parts_[i].x = arena_.template take<A>(panels * stretch_rows() * columns_);
+      if (const int64_t n = cover_h(parts_[i])) parts_[i].zone_h.data = arena_.template take<A>(n);
+      if (const int64_t n = cover_c(parts_[i])) parts_[i].zone_c.data = arena_.template take<A>(n);
     }
   }
 
@@ -151,6 +183,16 @@ class ForwardTask {
  private:
   int64_t units() const { return units_of<A>(y_.wh); }
   int64_t stretch_rows() const { return y_.stretch * p_.batch; }
+  int64_t cover_h(ForwardPart<A>& part) const {
+    const int64_t units = units_of<A>(state_shape());
+    return part.zone_h.cover(p_, p_.zoneout, state_begin(part) * units, state_end(part) * units);
+  }
+  int64_t cover_c(ForwardPart<A>& part) const {
+    return part.zone_c.cover(p_, p_.cell_zoneout, part.begin * units(), part.end * units());
+  }
+  const PanelShape& state_shape() const { return y_.projects() ? y_.wr : y_.wh; }
+  int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
+  int64_t state_end(const Part& part) const { return y_.projects() ? part.r_end : part.end; }
 
   // Fills parts_; returns the bytes that they need.
   size_t find_parts() {
@@ -163,20 +205,15 @@ class ForwardTask {
       const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
       for (int j = 0; j < n; ++j) {
         const int64_t own = found[j].end - found[j].begin;
-        static_cast<Part&>(parts_[count_++]) = found[j];
+        ForwardPart<A>& part = parts_[count_++];
+        static_cast<Part&>(part) = found[j];
         bytes += 2 * Arena::bytes_of<A>(own * p_.batch * units()) +
-                 Arena::bytes_of<A>(own * stretch_rows() * y_.wh.vectors() * L);
+                 Arena::bytes_of<A>((part.r_end - part.r_begin) * p_.batch * units_of<A>(y_.wr)) +
+                 Arena::bytes_of<A>(own * stretch_rows() * y_.wh.vectors() * L) + Arena::bytes_of<A>(cover_h(part)) +
+                 Arena::bytes_of<A>(cover_c(part));
       }
     }
     return bytes;
-  }
-
-  // Calls use(unit, end) for the own panels of the state: units [unit, end) in whole vectors.
-  template <class Use>
-  void each_state_panel(const ForwardPart<A>& part, Use use) {
-    const PanelShape& m = y_.projects() ? y_.wr : y_.wh;
-    const int64_t begin = y_.projects() ? part.r_begin : part.begin, end = y_.projects() ? part.r_end : part.end;
-    for (int64_t i = begin; i < end; ++i) use(i - begin, i * units_of<A>(m), units_of<A>(m));
   }
 
   // Initial states; final ones of rows without a step.
@@ -185,24 +222,23 @@ class ForwardTask {
     for (int64_t place = 0; place < p_.batch; ++place) {
       const int64_t at = cell * p_.batch + caller_of(p_, place);
       const bool over = length_of(p_, place) == 0;
-      auto copy = [&](const void* from, void* final, A* to, O* ring, int64_t unit, int64_t end, int64_t width) {
-        for (int64_t u = unit; u < end; u += L, to += L) {
-          const int64_t n = width - u;
-          const T* source = static_cast<const T*>(from) + at * width + u;
-          const vec<A> v = from && n > 0 ? load_first(source, n) : vec<A>{};
-          if (to) store(to, v);
-          if (n <= 0) continue;
-          if (ring) store_first(ring + u, v, n);
-          if (over && final) store_first(static_cast<T*>(final) + at * width + u, v, n);
+      auto copy = [&](const void* from, void* final, A* to, int64_t unit, int64_t width, int64_t end) {
+        for (int64_t u = unit; u < unit + width; u += L, to += L) {
+          const int64_t n = end - u;
+          const vec<A> v = from && n > 0 ? load_first(static_cast<const T*>(from) + at * end + u, n) : vec<A>{};
+          store(to, v);
+          if (over && n > 0) store_first(static_cast<T*>(final) + at * end + u, v, n);
         }
       };
-      each_state_panel(part, [&](int64_t i, int64_t unit, int64_t width) {
-        A* to = y_.projects() ? scrap_ : part.h + (i * p_.batch + place) * width;
-        copy(p_.h0, p_.hn, to, y_.h_row(d, -1, place), unit, unit + width, p_.state);
-      });
-      for (int64_t i = part.begin; i < part.end && p_.cell == RnnCell::lstm; ++i)
-        copy(p_.c0, p_.cn, part.c + ((i - part.begin) * p_.batch + place) * units(), nullptr, i * units(),
-             (i + 1) * units(), p_.hidden);
+      const int64_t width = units_of<A>(state_shape());
+      A* h = (y_.projects() ? part.r : part.h) + place * width;
+      for (int64_t i = state_begin(part); i < state_end(part); ++i, h += p_.batch * width) {
+        copy(p_.h0, p_.hn, h, i * width, width, p_.state);
+        put(y_.h_row(d, -1, place), h, i * width, width, p_.state, y_.mask(d, place));
+      }
+      A* c = part.c + place * units();
+      for (int64_t i = part.begin; i < part.end && has_cell_state(p_.cell); ++i, c += p_.batch * units())
+        copy(p_.c0, p_.cn, c, i * units(), units(), p_.hidden);
       for (int64_t s = -1; s <= 0 && p_.state & 1; ++s) y_.h_row(d, s, place)[p_.state] = O{};  // reads as half a pair
       if (y_.projects() && p_.hidden & 1) y_.m_row(d, place)[p_.hidden] = O{};
     }
@@ -220,7 +256,8 @@ class ForwardTask {
           copy_row<O, T>(out, caller_row<const T>(p_, p_.input, time, place), width, nullptr);
           continue;
         }
-        if (p_.dropout.p > 0) dropout_row<false>(factor_, width, mask_row(p_, y_.layer, time, place), p_.dropout);
+        if (p_.dropout.p > 0)
+          dropout_row<false>(factor_, width, draw_row(p_, RnnDraw::input, y_.layer - 1, time, place), p_.dropout);
         copy_row<O, A>(out, y_.input + (first_row(p_, time) + place) * width, width,
                        p_.dropout.p > 0 ? factor_ : nullptr);
       }
@@ -239,6 +276,7 @@ class ForwardTask {
     const int64_t n = active_at(p_, s), d = part.direction, state = p_.batch * units();
     const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch), together = most(1, kSumRows / n);
     find_rows(d, s, n);
+    draw_zoneout(part, s, n);
     for (int64_t first = part.begin; first < part.end; first += together) {
       const int64_t own = first - part.begin, panels = least(together, part.end - first), unit = first * units();
       for (int64_t i = 0; i < panels; ++i) {
@@ -249,15 +287,15 @@ class ForwardTask {
       }
       A *h = part.h + own * state, *c = part.c + own * state;
       const int64_t x_panel = stretch_rows() * columns_;
-      y_.gates({panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
-                y_.keep[d], row_, p_.hidden, unit});
+      y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
+                y_.keep[d], row_, weights(d).peepholes, y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
       for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
         if (y_.projects()) {
           for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
         } else {
           give_state(d, s, n, h, unit + i * units(), units());
         }
-        if (p_.cell == RnnCell::lstm) give_final(d, s, n, c, unit + i * units());
+        if (has_cell_state(p_.cell)) give_cell(d, s, n, c, unit + i * units());
       }
     }
   }
@@ -267,11 +305,20 @@ class ForwardTask {
     const int64_t n = active_at(p_, s), d = part.direction, width = units_of<A>(y_.wr);
     const Broadcast<E> m{reinterpret_cast<const E*>(y_.m_row(d, 0)), round_up(p_.hidden, 2) / kPack<E>, 1};
     find_rows(d, s, n);
-    for (int64_t i = part.r_begin; i < part.r_end; ++i) {
+    A* h = part.r;
+    for (int64_t i = part.r_begin; i < part.r_end; ++i, h += p_.batch * width) {
       for (int64_t j = 0; j < n * width; j += L) store(sums_ + j, vec<A>{});
       multiply(n, m, weights(d).r, y_.wr, i, sums_);
-      give_state(d, s, n, sums_, i * width, width);
+      for (int64_t j = 0; j < n * width; j += L)
+        store(h + j, zone(part.zone_h.of(j / width, i * width + j % width), load(sums_ + j), load(h + j)));
+      give_state(d, s, n, h, i * width, width);
     }
+  }
+
+  void draw_zoneout(ForwardPart<A>& part, int64_t s, int64_t n) {
+    const int64_t cell = y_.layer * p_.directions + part.direction;
+    part.zone_h.draw(p_, RnnDraw::zoneout, p_.zoneout, cell, s, n);
+    part.zone_c.draw(p_, RnnDraw::cell_zoneout, p_.cell_zoneout, cell, s, n);
   }
 
   const DirectionWeights<A, T>& weights(int64_t d) const { return y_.weights[d]; }
@@ -289,17 +336,18 @@ class ForwardTask {
     for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
   }
 
-  // `width` numbers from `unit` of a row that ends at `end`.
+  // `width` numbers from `unit` of a row that ends at `end`, times those of `factor` unless that is nullptr.
   template <class To>
-  HT_INLINE void put(To* to, const A* from, int64_t unit, int64_t width, int64_t end) {
-    for (int64_t u = unit; u < unit + width && u < end; u += L, from += L) store_first(to + u, load(from), end - u);
+  HT_INLINE void put(To* to, const A* from, int64_t unit, int64_t width, int64_t end, const A* factor = nullptr) {
+    for (int64_t u = unit; u < unit + width && u < end; u += L, from += L)
+      store_first(to + u, factor ? load(from) * load(factor + u) : load(from), end - u);
   }
 
   // h of a step, [n][width] from `unit`, to all who read it.
   void give_state(int64_t d, int64_t s, int64_t n, const A* h, int64_t unit, int64_t width) {
     const int64_t cell = y_.layer * p_.directions + d;
     for (int64_t place = 0; place < n; ++place, h += width) {
-      put(y_.h_row(d, s, place), h, unit, width, p_.state);
+      put(y_.h_row(d, s, place), h, unit, width, p_.state, y_.mask(d, place));
       const int64_t time = time_of(p_, d, s, place);
       if (y_.output) put(y_.output + (row_[place] * p_.directions + d) * p_.state, h, unit, width, p_.state);
       if (y_.last) put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
@@ -307,11 +355,16 @@ class ForwardTask {
         put(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, h, unit, width, p_.state);
     }
   }
-  void give_final(int64_t d, int64_t s, int64_t n, const A* c, int64_t unit) {
+  void give_cell(int64_t d, int64_t s, int64_t n, const A* c, int64_t unit) {
     const int64_t cell = y_.layer * p_.directions + d;
-    for (int64_t place = 0; place < n; ++place, c += units())
+    for (int64_t place = 0; place < n; ++place, c += units()) {
+      if (y_.last && p_.cells.data) {
+        T* row = caller_row<T>(p_, p_.cells, time_of(p_, d, s, place), place);
+        put(row + d * p_.hidden, c, unit, units(), p_.hidden);
+      }
       if (s + 1 == length_of(p_, place))
         put(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden, c, unit, units(), p_.hidden);
+    }
   }
 
   const Layer& y_;
@@ -324,7 +377,6 @@ class ForwardTask {
   O* rows_;                // inputs of a stretch as operands
   A *sums_, *factor_;
   int64_t* row_;  // of each place at the present step
-  alignas(64) A scrap_[4 * L];
 };
 
 // ---- the stack ----------------------------------------------------------------------------------------------------
@@ -339,11 +391,12 @@ void rnn_forward_in(const RnnForward& p) {
   A* between[2];
   between[0] = reinterpret_cast<A*>(static_cast<char*>(p.scratch) + rnn_ring_bytes(p));
   between[1] = between[0] + p.rows * p.directions * p.state;
+  A* masks = reinterpret_cast<A*>(reinterpret_cast<char*>(between[0]) + rnn_between_bytes(p, p.saved));
 
   const char* packed = static_cast<const char*>(p.packed_weights) + kRnnHeaderBytes;
   const int64_t gates = gates_of(p.cell);
-  LayerForward<E, T> y{p,  0,  nullptr, nullptr, false, {},    gate_loop_of<A>(p.cell), {}, {},
-                       {}, {}, p.steps, 1,       ring,  m_ring};
+  LayerForward<E, T> y{p,  0,       nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {},
+                       {}, p.steps, 1,       ring,    m_ring, nullptr};
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
   // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
   const int64_t rows = most(24, (int64_t(512) << 10) / int64_t(sizeof(A)) / (gates * p.hidden));
@@ -359,6 +412,7 @@ void rnn_forward_in(const RnnForward& p) {
       if (y.projects())
         y.weights[d].r = reinterpret_cast<const T*>(next(rnn_matrix_bytes(p.dtype, 1, p.state, p.hidden)));
       y.weights[d].x_bias = reinterpret_cast<const A*>(next(rnn_bias_bytes(p)));
+      y.weights[d].peepholes = reinterpret_cast<const A*>(next(rnn_peephole_bytes(p)));
       y.weights[d].h_bias = y.weights[d].x_bias + rnn_bias_numbers(p);
     }
     y.input = y.output;
@@ -366,12 +420,14 @@ void rnn_forward_in(const RnnForward& p) {
     if (p.saved) {
       const SavedLayer<A> saved = saved_layer<A>(p, p.saved, y.layer);
       y.output = saved.output;
-      for (int d = 0; d < 2; ++d) y.keep[d] = saved.keep[d];
+      for (int d = 0; d < 2; ++d) y.keep[d] = rnn_kept(p) ? saved.keep[d] : nullptr;
     }
+    y.masks = draw_state_masks(p, y.layer, masks);
     const int slices = slices_for(p, width, p.directions * panels_of<A>(y.wh), thread_count(), 1);
     run_slices(slices, flags, [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
   }
   clear_padding<T>(p, p.output, p.directions * p.state);
+  clear_padding<T>(p, p.cells, p.directions * p.hidden);
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -42,8 +42,10 @@ class LayerGradients {
     const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
                   of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
                   of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0,
-                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0;
-    const int64_t each = of_x + of_h + of_r + of_bias, of_weights = grad_weights_ ? p_.directions * each : 0;
+                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0,
+                  of_peepholes = rnn_peepholes(p_) * columns(p_.hidden);
+    const int64_t each = of_x + of_h + of_r + of_bias + of_peepholes,
+                  of_weights = grad_weights_ ? p_.directions * each : 0;
     const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
     parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
       if (i < of_input) return input_tile(i / columns(width_), i % columns(width_));
@@ -53,8 +55,9 @@ class LayerGradients {
       if (i < of_x) return weight_tile(Source::x, d, i, columns(width_));
       if ((i -= of_x) < of_h) return weight_tile(Source::h, d, i, columns(p_.state));
       if ((i -= of_h) < of_r) return weight_tile(Source::r, d, i, columns(p_.hidden));
-      i -= of_r;
-      bias_tile(d, i / columns(p_.hidden), i % columns(p_.hidden));
+      if ((i -= of_r) < of_bias) return bias_tile(d, i / columns(p_.hidden), i % columns(p_.hidden));
+      i -= of_bias;
+      peephole_tile(d, i / columns(p_.hidden), i % columns(p_.hidden));
     });
   }
 
@@ -65,8 +68,7 @@ class LayerGradients {
   static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
   int64_t output_width() const { return p_.directions * p_.state; }
   T* gradient(int64_t d, int64_t which) const {
-    const int64_t each = 2 + 2 * p_.bias + y_.projects();
-    return static_cast<T*>(grad_weights_[d * each + which]);
+    return static_cast<T*>(grad_weights_[d * rnn_weights_each(p_, p_.bias) + which]);
   }
 
   // Two rows of numbers, or one where an element is one, into row r of panels: number k at [k / W][r][k % W], zeros
@@ -99,16 +101,42 @@ class LayerGradients {
     }
     if (source == Source::h) {
       const int64_t before = before_[d * p_.rows + row];
-      if (before >= 0) return y_.output + before * output_width() + d * p_.state + first;
-      const int64_t state = (y_.layer * p_.directions + d) * p_.batch + caller_of(p_, place_[row]);
-      return p_.h0 ? as_wide(static_cast<const T*>(p_.h0) + state * p_.state + first, n, room) : nullptr;
+      const A* h = before >= 0 ? y_.output + before * output_width() + d * p_.state + first
+                   : p_.h0     ? as_wide(initial(p_.h0, d, row, p_.state) + first, n, room)
+                               : nullptr;
+      if (!h || !y_.masks) return h;
+      const A* mask = y_.mask(d, place_[row]) + first;
+      for (int64_t k = 0; k < n; k += L) store(room + k, load_first(h + k, n - k) * load(mask + k));
+      return room;
     }
-    const A* kept = y_.keep[d] + row * 5 * p_.hidden + first;
-    for (int64_t k = 0; k < n; k += L) {
-      const vec<A> o = load_first(kept + 3 * p_.hidden + k, n - k), c = load_first(kept + 4 * p_.hidden + k, n - k);
-      store(room + k, o * tanh(c));
-    }
+    const Variant<vec<A>> variant{p_.hard_sigmoid, p_.hard_tanh, false, {}};
+    for (int64_t k = 0; k < n; k += L)
+      store(room + k, at_step(d, row, first + k, [&](auto cell, const auto& kept, vec<A> c) HT_LAMBDA {
+              return decltype(cell)::output(variant, kept, c);
+            }));
     return room;
+  }
+
+  // Row of an initial state.
+  const T* initial(const void* states, int64_t d, int64_t row, int64_t width) const {
+    const int64_t entry = (y_.layer * p_.directions + d) * p_.batch + caller_of(p_, place_[row]);
+    return static_cast<const T*>(states) + entry * width;
+  }
+
+  // use(cell, kept, c) with an LSTM's step: what it kept and c before it, of the units [unit, unit + L).
+  template <class Use>
+  HT_INLINE vec<A> at_step(int64_t d, int64_t row, int64_t unit, Use use) const {
+    const int64_t before = before_[d * p_.rows + row], n = p_.hidden - unit;
+    const vec<A> c = before >= 0 ? load_first(y_.kept_cell(d, before) + unit, n)
+                     : p_.c0     ? load_first(initial(p_.c0, d, row, p_.hidden) + unit, n)
+                                 : vec<A>{};
+    auto with = [&](auto cell) HT_LAMBDA {
+      constexpr int K = decltype(cell)::kKept;
+      vec<A> kept[K];
+      for (int k = 0; k < K; ++k) kept[k] = load_first(y_.keep[d] + (row * K + k) * p_.hidden + unit, n);
+      return use(cell, kept, c);
+    };
+    return p_.cell == RnnCell::lstm ? with(Lstm<vec<A>>()) : with(CoupledLstm<vec<A>>());
   }
 
   // C[kTile][kColumns] += B * panels, `depth` in elements
@@ -152,28 +180,60 @@ class LayerGradients {
     }
     const int64_t which = source == Source::x ? 0 : source == Source::h ? 1 : 2 + 2 * p_.bias;
     T* to = gradient(d, which) + (gate * height + j) * width + first;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < n; k += L) store_first(to + r * width + k, load(sums + r * kColumns + k), n - k);
+    const bool drops = source == Source::h && p_.weight_dropout.p > 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      A* sum = sums + r * kColumns;
+      if (drops) {
+        const int64_t drawn = weight_row(p_, y_.layer * p_.directions + d, gate * height + j + r);
+        dropout_row<false>(room[0], n, drawn, p_.weight_dropout, first);
+      }
+      for (int64_t k = 0; k < n; k += L)
+        store_first(to + r * width + k, drops ? load(sum + k) * load(room[0] + k) : load(sum + k), n - k);
+    }
+  }
+
+  // total[k] = sum over all rows of term(row, k), n of them.
+  template <class Term>
+  HT_INLINE void sum_rows(int64_t n, A* total, Term term) {
+    alignas(64) A sum[kColumns];
+    for (int64_t k = 0; k < n; k += L) store(total + k, vec<A>{});
+    for (int64_t row = 0; row < rows_; row += kSum) {
+      for (int64_t k = 0; k < n; k += L) store(sum + k, vec<A>{});
+      for (int64_t r = row; r < least(row + kSum, rows_); ++r)
+        for (int64_t k = 0; k < n; k += L) store(sum + k, load(sum + k) + term(r, k));
+      for (int64_t k = 0; k < n; k += L) store(total + k, load(total + k) + load(sum + k));
+    }
   }
 
   // Sums of kColumns columns of a slot of d over all rows.
   void bias_tile(int64_t d, int64_t slot, int64_t column_tile) {
     const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
-    alignas(64) A total[kColumns] = {}, sum[kColumns];
-    for (int64_t row = 0; row < rows_; row += kSum) {
-      for (int64_t k = 0; k < n; k += L) store(sum + k, vec<A>{});
-      for (int64_t r = row; r < least(row + kSum, rows_); ++r) {
-        const O* from = y_.gates[d] + r * y_.slots() + slot * y_.pitch() + first;
-        for (int64_t k = 0; k < n; k += L) store(sum + k, load(sum + k) + load_first(from + k, n - k));
-      }
-      for (int64_t k = 0; k < n; k += L) store(total + k, load(total + k) + load(sum + k));
-    }
+    alignas(64) A total[kColumns];
+    sum_rows(n, total, [&](int64_t row, int64_t k) HT_LAMBDA {
+      return load_first(y_.gates[d] + row * y_.slots() + slot * y_.pitch() + first + k, n - k);
+    });
     for (int64_t g = 0; g < gates_; ++g)
       for (int64_t k = 0; k < n; k += L) {
         const int64_t at = g * p_.hidden + first + k;
         if (g == slot) store_first(gradient(d, 2) + at, load(total + k), n - k);
         if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
       }
+  }
+
+  // Of gate `nth` that has peepholes, kColumns of them: sums over all rows of d * c, and of d * c' for the last, o.
+  void peephole_tile(int64_t d, int64_t nth, int64_t column_tile) {
+    const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
+    const bool after = nth + 1 == rnn_peepholes(p_);
+    const O* gate = y_.gates[d] + (after ? gates_ - 1 : nth) * y_.pitch() + first;
+    alignas(64) A total[kColumns];
+    sum_rows(n, total, [&](int64_t row, int64_t k) HT_LAMBDA {
+      const vec<A> seen = at_step(d, row, first + k, [&](auto cell, const auto& kept, vec<A> c) HT_LAMBDA {
+        return after ? decltype(cell)::next_cell(kept, c) : c;
+      });
+      return load_first(gate + row * y_.slots() + k, n - k) * seen;
+    });
+    T* to = gradient(d, rnn_weights_each(p_, p_.bias) - 1) + nth * p_.hidden + first;
+    for (int64_t k = 0; k < n; k += L) store_first(to + k, load(total + k), n - k);
   }
 
   // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
@@ -208,7 +268,8 @@ class LayerGradients {
       const A* sum = sums + r * kColumns;
       if (grad_input_) {
         const bool drops = p_.dropout.p > 0;
-        if (drops) dropout_row<false>(factor, width_, mask_row(p_, y_.layer, time, place), p_.dropout);
+        if (drops)
+          dropout_row<false>(factor, width_, draw_row(p_, RnnDraw::input, y_.layer - 1, time, place), p_.dropout);
         A* to = grad_input_ + (row + r) * width_ + first;
         for (int64_t k = 0; k < n; k += L)
           store_first(to + k, drops ? load(sum + k) * load_first(factor + first + k, n - k) : load(sum + k), n - k);
@@ -249,7 +310,8 @@ const A* drop_input(const RnnBackward& p, int64_t layer, const A* from, A* to, c
   parallel_for(rows, 1 + (16 << 10) / width, [&](int64_t begin, int64_t end) {
     Scratch<A> factor(round_up(width, kDropoutBlock));
     for (int64_t row = begin; row < end; ++row) {
-      dropout_row<false>(factor.data, width, mask_row(p, layer, time[row], place[row]), p.dropout);
+      const int64_t drawn = draw_row(p, RnnDraw::input, layer - 1, time[row], place[row]);
+      dropout_row<false>(factor.data, width, drawn, p.dropout);
       copy_row<A, A>(to + row * width, from + row * width, width, factor.data);
     }
   });
@@ -268,8 +330,9 @@ void rnn_backward_in(const RnnBackward& p) {
   int64_t *before = integers(at.before), *time = integers(at.time), *place = integers(at.place);
   find_rows(p, before, time, place);
 
-  const int64_t each = 2 + 2 * p.bias + (p.state != p.hidden), output = p.rows * p.directions * p.state;
-  LayerBackward<E, T> y{p, 0, nullptr, nullptr, {}, {}, {}, {}, back_loop_of<A, O>(p.cell), p.steps, {}, {}, {}, {}};
+  const int64_t each = rnn_weights_each(p, p.bias), output = p.rows * p.directions * p.state;
+  LayerBackward<E, T> y{p,       0,  nullptr, nullptr, {}, {}, {}, {}, {}, nullptr, back_loop_of<A, O>(p.cell),
+                        p.steps, {}, {},      {},      {}};
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
   y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
@@ -284,15 +347,20 @@ void rnn_backward_in(const RnnBackward& p) {
       const void* const* weights = p.weights + (y.layer * p.directions + d) * each;
       y.keep[d] = saved.keep[d];
       y.wx[d] = static_cast<const T*>(weights[0]), y.wh[d] = static_cast<const T*>(weights[1]);
-      y.wr[d] = y.projects() ? static_cast<const T*>(weights[each - 1]) : nullptr;
+      y.wr[d] = y.projects() ? static_cast<const T*>(weights[2 + 2 * p.bias]) : nullptr;
+      y.peepholes[d] = p.peepholes ? static_cast<const T*>(weights[each - 1]) : nullptr;
+      if (p.weight_dropout.p > 0)
+        y.wh[d] = drop_weights<A>(p, y.layer * p.directions + d, y.wh[d],
+                                  reinterpret_cast<T*>(scratch + at.weights) + d * rnn_weight_numbers(p));
     }
+    y.masks = draw_state_masks(p, y.layer, numbers(at.masks));
     const int64_t panels = p.directions * ((p.hidden + 4 * kLanes<A> - 1) / (4 * kLanes<A>));
     run_slices(slices_for(p, 0, panels, thread_count(), 1), flags,
                [&](Team& team) { BackwardTask<E, T>(y, team).run(); });
 
     const A* input = y.layer ? saved_layer<A>(p, p.saved, y.layer - 1).output : nullptr;
     if (y.layer && p.dropout.p > 0 && p.grad_weights)
-      input = drop_input(p, y.layer, input, numbers(at.masked), time, place);
+      input = drop_input(p, y.layer, input, numbers(at.dropped), time, place);
     A* grad_input = y.layer ? numbers(at.between) + (y.layer & 1) * output : nullptr;
     void* const* grads = p.grad_weights ? p.grad_weights + y.layer * p.directions * each : nullptr;
     LayerGradients<E, T>(y, input, grad_input, grads, before, time, place).run();

@@ -1,6 +1,6 @@
 // Recurrent layers: weights into panels, once for many calls.
 #pragma once
-#include "rnn_panel.h"
+#include "rnn_noise.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -59,8 +59,13 @@ void rnn_pack_in(const RnnPack& p) {
       packed += rnn_matrix_bytes(p.dtype, m.gates, m.out, m.in);
     };
     pack(weight[0], {gates, p.hidden, width});
-    pack(weight[1], {gates, p.hidden, p.state});
-    if (p.state != p.hidden) pack(weight[p.bias ? 4 : 2], {1, p.state, p.hidden});
+    if (p.weight_dropout.p > 0) {
+      Scratch<T> dropped(rnn_weight_numbers(p));
+      pack(drop_weights<A>(p, i, static_cast<const T*>(weight[1]), dropped.data), {gates, p.hidden, p.state});
+    } else {
+      pack(weight[1], {gates, p.hidden, p.state});
+    }
+    if (p.state != p.hidden) pack(weight[2 + 2 * p.bias], {1, p.state, p.hidden});
     const PanelShape m{gates, p.hidden, 1};
     for (int b = 0; b < 2; ++b) {
       A* to = reinterpret_cast<A*>(packed) + b * rnn_bias_numbers(p);
@@ -71,7 +76,12 @@ void rnn_pack_in(const RnnPack& p) {
       }
     }
     packed += rnn_bias_bytes(p);
-    weight += 2 + 2 * p.bias + (p.state != p.hidden);
+    const int64_t each = rnn_weights_each(p, p.bias), pitch = rnn_peephole_pitch(p);
+    for (int64_t k = 0; k < rnn_peepholes(p); ++k)
+      copy_row<A, T>(reinterpret_cast<A*>(packed) + k * pitch, static_cast<const T*>(weight[each - 1]) + k * p.hidden,
+                     p.hidden, nullptr);
+    packed += rnn_peephole_bytes(p);
+    weight += each;
   }
 }
 

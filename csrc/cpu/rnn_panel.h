@@ -156,12 +156,6 @@ HT_INLINE T* caller_row(const Rnn& p, const RnnTensor& t, int64_t time, int64_t 
   T* data = static_cast<T*>(t.data);
   return data + (p.packed ? (first_row(p, time) + place) * t.batch : time * t.step + caller_of(p, place) * t.batch);
 }
-// Row of the dropout's mask for a layer's input.
-HT_INLINE int64_t mask_row(const Rnn& p, int64_t layer, int64_t time, int64_t place) {
-  const int64_t row = p.packed ? first_row(p, time) + place : time * p.batch + caller_of(p, place);
-  return (layer - 1) * p.rows + row;
-}
-
 // Zeros in the rows, `width` numbers each, of a tensor of the caller that lie past a place's length.
 template <class T>
 void clear_padding(const Rnn& p, const RnnTensor& t, int64_t width) {
@@ -182,7 +176,7 @@ template <class A, class S>
 HT_INLINE SavedLayer<A> saved_layer(const Rnn& p, S* saved, int64_t layer) {
   A* at = const_cast<A*>(static_cast<const A*>(saved)) + layer * rnn_saved_of_layer(p);
   A* keep = at + p.rows * p.directions * p.state;
-  return {at, {keep, keep + p.rows * saved_of(p.cell) * p.hidden}};
+  return {at, {keep, keep + p.rows * rnn_kept(p) * p.hidden}};
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

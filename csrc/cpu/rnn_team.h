@@ -11,7 +11,7 @@
 #pragma once
 #include <sched.h>
 
-#include "rnn_panel.h"
+#include "rnn_noise.h"
 
 namespace handtuned::HANDTUNED_ISA {
 

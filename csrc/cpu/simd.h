@@ -354,6 +354,17 @@ template <class T>
 HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
   using A = Accumulate<T>;
   if (n >= kLanes<A>) return load(p);
+#if defined(HT_AVX512)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    return (vec<A>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  } else if constexpr (sizeof(T) == 4) {
+    return (vec<A>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    return widen(reinterpret_cast<const T*>(&bits));
+  }
+#endif
   T a[kLanes<A>] = {};
   __builtin_memcpy(a, p, n * sizeof(T));
   return load(a);
@@ -362,6 +373,16 @@ HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
 template <class T, class V>
 HT_INLINE void store_first(T* p, V v, int64_t n) {
   if (n >= kLanes<Accumulate<T>>) return store(p, v);
+#if defined(HT_AVX512)
+  const auto bits = narrow(v, p);
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8)
+    return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)bits);
+  else if constexpr (sizeof(T) == 4)
+    return _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)bits);
+  else
+    return _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)bits);
+#endif
   T a[kLanes<Accumulate<T>>];
   store(a, v);
   __builtin_memcpy(p, a, n * sizeof(T));

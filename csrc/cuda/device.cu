@@ -2,7 +2,28 @@
 // turns a status other than 0 into an error. cudart is linked statically, so a machine without CUDA can load this.
 #include <cuda_runtime.h>
 
+#include "launchers.h"
+
+namespace handtuned::cuda {
+namespace {
+
+int capability(int device) {
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  return major * 10 + minor;
+}
+
+const char* error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
+
+const CudaKernels table = {HANDTUNED_VERSION, 80, &capability, &error, &norm_forward, &norm_backward};
+
+}  // namespace
+}  // namespace handtuned::cuda
+
 extern "C" {
+
+const handtuned::CudaKernels* handtuned_cuda_kernels() { return &handtuned::cuda::table; }
 
 // Number of devices, or 0 where there is no driver.
 int handtuned_cuda_device_count() {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -42,4 +43,7 @@ except ImportError as error:
 
 build_facts: dict[str, str] = _C.build_facts()
 check_stamp(build_facts["version"])
+cuda_library = Path(__file__).parent / "libhandtuned_cuda.so"  # there if it was built; opening it touches no device
+if cuda_library.exists():
+    _C.load_cuda(str(cuda_library))
 _C.isa()  # a HANDTUNED_ISA that is not usable here is an error now, not at the first call

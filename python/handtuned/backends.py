@@ -1,8 +1,11 @@
 """Which kernel serves a call: the policy table, the switches that override it, and the record that explain() reads.
 
 An op's arguments are the same for every backend, so a backend is a namespace of functions named like the ops:
-``ops`` (torch's dispatcher: the compiled CPU kernels and whatever ``serve_device`` finds elsewhere), the Triton
-launchers, or ``reference``.
+``ops`` (torch's dispatcher: the compiled CPU and CUDA kernels, and whatever ``serve_device`` finds where there are
+none), the Triton launchers, or ``reference``.
+
+For a CUDA tensor the CUDA library comes before Triton, if it was built and has a kernel for the op: it holds every
+shape and dtype of the norm family, is called without Python in between, and compiles nothing at the first call.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +21,7 @@ from typing import Any
 import torch
 
 from . import _C
-from ._binary import build_facts
+from ._binary import build_facts, cuda_library
 
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -140,10 +143,37 @@ def _why_not_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     return _why_not_dtype(dtype) if device.type == "cpu" else f"input is on {device.type}"
 
 
-def _why_not_cuda(device: torch.device) -> str | None:
+def why_no_cuda_kernel(op: str) -> str | None:
+    """None if the CUDA library beside the extension has a kernel for an op, else why not."""
+    if not build_facts["cuda"].startswith("built"):
+        return build_facts["cuda"]
+    if not cuda_library.exists():
+        return f"{cuda_library.name} is missing beside the extension"
+    return None if op in ops_with_cuda_kernels() else "no CUDA C++ kernel for this op"
+
+
+def ops_with_cuda_kernels() -> Collection[str]:
+    from . import ops
+
+    return ops.NORM_OPS
+
+
+def cuda_status() -> str | None:
+    """None if CUDA C++ kernels can run on a device here, else why not."""
+    return None if torch.cuda.is_available() and torch.version.cuda else "no CUDA device is available"
+
+
+def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return f"input is on {device.type}"
-    return "no CUDA C++ kernel for this op" if build_facts["cuda"].startswith("built") else build_facts["cuda"]
+    return why_no_cuda_kernel(op) or _why_not_capability(device) or _why_not_dtype(dtype)
+
+
+def _why_not_capability(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None  # a tensor on such a device cannot be here, and nobody can be asked
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the device is sm_{major}{minor}, the CUDA kernels need sm_80"
 
 
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -161,7 +191,7 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candid
     """The policy table: every backend in order of preference, with the reason of each that cannot serve the call."""
     return [
         Candidate("cpu", _C.isa(), _why_not_cpu(device, dtype)),
-        Candidate("cuda", "none", _why_not_cuda(device)),
+        Candidate("cuda", "cuda c++", _why_not_cuda(op, device, dtype)),
         Candidate("triton", "interpreter" if device.type == "cpu" else "triton", _why_not_triton(op, device, dtype)),
         Candidate("reference", "torch"),
     ]

@@ -229,8 +229,7 @@ def flash_attn_with_kvcache(
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
     if rotary_cos is not None or rotary_sin is not None:
-        in_order = causal or max(window_size) >= 0
-        q, k = _rotate_both(q, k, rotary_cos, rotary_sin, cache_seqlens, capacity, in_order, rotary_interleaved)
+        _check_rotary(q, k, rotary_cos, rotary_sin, capacity)
     mask = None
     if cache_leftpad is not None:
         mask = torch.arange(capacity, device=q.device) >= cache_leftpad[:, None, None, None]
@@ -245,6 +244,9 @@ def flash_attn_with_kvcache(
         scale=softmax_scale,
         alibi_slopes=alibi_slopes,
         softcap=max(softcap, 0.0),
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
         return_lse=True,
     )
     output = results[0].transpose(1, 2)
@@ -346,20 +348,7 @@ def _attend_to_pages(
     return (output, lse, q.new_empty(0)) if options.return_attn_probs else output
 
 
-# ---- rotary embedding -----------------------------------------------------------------------------------------------
-
-
-def _rotate_both(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    cache_seqlens: Tensor,
-    capacity: int,
-    in_order: bool,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """q and k rotated at their positions in the cache; q all at the first of them unless `in_order`."""
+def _check_rotary(q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, capacity: int) -> None:
     op = "flash_attn_with_kvcache"
     if cos is None or sin is None or k is None:
         raise RuntimeError(f"handtuned.{op}: of k, rotary_cos and rotary_sin some are None; rotary needs all three")
@@ -370,19 +359,3 @@ def _rotate_both(
         f"rotary_cos has shape {list(cos.shape)} and rotary_sin {list(sin.shape)}, expected one shape (Lro, R / 2) "
         f"with Lro >= {capacity}, the length of the cache, and R <= {width}, the width of q; make them as large",
     )
-    first = cache_seqlens.long()[:, None]
-    k_at = first + torch.arange(k.shape[1], device=k.device)
-    q_at = first + torch.arange(q.shape[1], device=q.device) if in_order else first.expand(-1, q.shape[1])
-    return _rotate(q, cos, sin, q_at, interleaved), _rotate(k, cos, sin, k_at, interleaved)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, position: Tensor, interleaved: bool) -> Tensor:
-    """x (B, L, H, D) with its first R elements turned by the angles of position (B, L); in float32 at least."""
-    width = 2 * cos.shape[1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (table[position][:, :, None].to(wide) for table in (cos, sin))
-    pairs = x[..., :width].to(wide).unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    dim = -1 if interleaved else -2
-    a, b = pairs.unbind(dim)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim).flatten(-2)
-    return torch.cat([turned.to(x.dtype), x[..., width:]], -1)

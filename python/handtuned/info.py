@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import _C, backends, ops
-from ._binary import build_facts
+from ._binary import build_facts, cuda_library
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,9 @@ def cpu_name() -> str:
 
 def cuda_devices() -> list[str]:
     """The devices that the CUDA library sees; empty where it was not built or there is no driver."""
-    path = Path(__file__).parent / "libhandtuned_cuda.so"
-    if not path.exists():
+    if not cuda_library.exists():
         return []
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(cuda_library))
     library.handtuned_cuda_error.restype = ctypes.c_char_p
     devices = []
     for index in range(library.handtuned_cuda_device_count()):
@@ -111,14 +110,14 @@ def cuda_devices() -> list[str]:
 
 
 def _kernel_rows(triton: str | None) -> list[KernelRow]:
-    cuda_built = build_facts["cuda"].startswith("built")
     rows = []
     for op in ops.OPS:
         lacking = backends.why_no_triton_kernel(op)
-        instead = f"the CUDA library has no kernel for this op; {'the reference' if lacking else 'Triton'} serves it"
+        no_cuda = backends.why_no_cuda_kernel(op)
+        cuda_unusable = no_cuda or backends.cuda_status()
         why = lacking or triton or "compiled at first use, per device"
         rows.append(KernelRow(op, "cpu", True, True, f"compiled in for {', '.join(_built_isas())}"))
-        rows.append(KernelRow(op, "cuda", False, False, instead if cuda_built else build_facts["cuda"]))
+        rows.append(KernelRow(op, "cuda", no_cuda is None, cuda_unusable is None, cuda_unusable or "compiled in"))
         rows.append(KernelRow(op, "triton", lacking is None, lacking is None and triton is None, why))
         rows.append(KernelRow(op, "reference", True, True, "plain torch"))
     return rows

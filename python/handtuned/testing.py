@@ -36,6 +36,8 @@ def op_samples(device: str = "cpu") -> Iterator[Sample]:
     yield from _rnn_samples(device)
     yield from _linear_samples(device)
     yield from _linear_int8_samples(device)
+    yield from _cross_entropy_samples(device)
+    yield from _rotary_samples(device)
 
 
 def _drawer(device: str) -> Callable[..., torch.Tensor]:
@@ -166,33 +168,58 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
         ("LSTM", (2, 0, 3, 4, 0), (1, False, True), f32, {}),
         ("GRU", (2, 1, 0, 4, 0), (1, False, True), f32, {}),
         ("LSTM", (0, 2, 3, 4, 0), (1, False, True), f32, {"states": True}),
+        (
+            "LSTM coupled peepholes",
+            (3, 2, 5, 7, 3),
+            (2, True, False),
+            f32,
+            {"rates": (0.1, 0.2, 0.3, 0.4), "seed": seed},
+        ),
+        (
+            "LSTM peepholes hardtanh",
+            (3, 2, 5, 7, 0),
+            (1, False, True),
+            bf16,
+            {"states": True, "rates": (0.1, 0.2, 0, 0)},
+        ),
+        (
+            "GRU hardsigmoid",
+            (None, 3, 3, 4, 0),
+            (1, True, True),
+            f32,
+            {"lengths": ints(3, 2, 1), "rates": (0.5, 0, 0, 0)},
+        ),
+        ("RNN_TANH hardtanh", (3, 2, 5, 9, 0), (2, False, True), f64, {"rates": (0.1, 0, 0.5, 0.5), "seed": seed}),
     ]
     for mode, (steps, batch, width, hidden, proj), (layers, two, bias), dtype, more in cases:
-        lengths, p = more.get("lengths"), more.get("dropout_p", 0.0)
-        key = seed if p else None
+        lengths, p, rates, cell = more.get("lengths"), more.get("dropout_p", 0.0), more.get("rates"), ops.CELLS[mode]
+        key = seed if p else more.get("seed")
         directions, state = 1 + two, proj or hidden
         x = draw(*((6,) if steps is None else (steps, batch)), width, dtype=dtype)
         if steps == 3:  # batch first, as many callers have it
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
         h0, c0 = (draw(layers * directions, batch, n, dtype=dtype) for n in (state, hidden))
-        states = (h0 if more.get("states") else None, c0 if more.get("states") and mode == "LSTM" else None)
-        rows, weights = ops.GATES[mode] * hidden, []
+        states = (h0 if more.get("states") else None, c0 if more.get("states") and cell.is_lstm else None)
+        rows, weights = cell.gates * hidden, []
         for layer in range(layers):
             for _ in range(directions):
                 weights += [draw(rows, directions * state if layer else width, dtype=dtype) / 4]
                 weights += [draw(rows, state, dtype=dtype) / 4]
                 weights += [draw(rows, dtype=dtype) for _ in range(2 * bias)]
                 weights += [draw(proj, hidden, dtype=dtype)] if proj else []
-        yield ops.rnn_pack, (weights, mode, two, bias), {}
-        packed = ops.rnn_pack(weights, mode, two, bias)
-        given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, key)
-        yield ops.rnn, (*given, False), {}
-        yield ops.rnn, (*given, True), {}
-        output, hn, cn, saved = ops.rnn(*given, True)
-        grads = (draw(*output.shape, dtype=dtype), None, draw(*cn.shape, dtype=dtype) if mode == "LSTM" else None)
-        kept = (x, lengths, *states, weights, saved, mode, two, bias, p, key)
+                weights += [draw(cell.peephole_gates * hidden, dtype=dtype)] if cell.peepholes else []
+        packing = (weights, mode, two, bias, rates[-1] if rates else 0.0, key)
+        yield ops.rnn_pack, packing, {}
+        packed, cells = ops.rnn_pack(*packing), cell.is_lstm and steps != 0
+        given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, rates, key)
+        yield ops.rnn, (*given, False, False), {}
+        yield ops.rnn, (*given, True, cells), {}
+        output, hn, cn, all_cells, saved = ops.rnn(*given, True, cells)
+        grads = [draw(*t.shape, dtype=dtype) if cell.is_lstm else None for t in (cn, all_cells)]
+        grads = [draw(*output.shape, dtype=dtype), None, grads[0], grads[1] if cells else None]
+        kept = (x, lengths, *states, weights, saved, mode, two, bias, p, rates, key)
         yield ops.rnn_backward, (*grads, *kept, True, states[0] is not None, states[1] is not None, True), {}
-        yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, *kept, False, False, False, True), {}
+        yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, None, *kept, False, False, False, True), {}
 
 
 def _linear_samples(device: str) -> Iterator[Sample]:
@@ -243,3 +270,56 @@ def _linear_int8_samples(device: str) -> Iterator[Sample]:
         for quantize_input in (False, True):
             args = (bias, residual, activation, p, seed if p else None, quantize_input, not quantize_input)
             yield ops.linear_int8, (*given, *args), {}
+    yield ops.linear_int8_pack, (torch.zeros(0, 4, dtype=torch.int8, device=device),), {}
+
+
+def _cross_entropy_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    # rows, in, classes, dtype; bias, class weights; reduction; label_smoothing, softcap, z_loss
+    cases = [
+        ((5,), 7, 9, torch.float32, (True, True), 0, (0.1, 0.0, 0.0)),
+        ((2, 3), 8, 70, torch.float32, (False, False), 1, (0.0, 0.0, 0.0)),
+        ((4,), 5, 3, torch.float64, (True, False), 2, (0.0, 2.0, 0.1)),
+        ((3,), 6, 66, torch.bfloat16, (True, True), 1, (0.2, 0.0, 0.0)),
+        ((6,), 9, 5, torch.float16, (False, True), 0, (0.0, 0.0, 0.0)),
+        ((0,), 4, 5, torch.float32, (True, False), 1, (0.0, 0.0, 0.0)),
+        ((), 4, 5, torch.float32, (False, False), 0, (0.0, 0.0, 0.0)),
+    ]
+    for rows, k, classes, dtype, (has_bias, has_weight), reduction, numbers in cases:
+        x, w = draw(*rows, k, dtype=dtype), draw(classes, k, dtype=dtype)
+        bias = draw(classes, dtype=dtype) if has_bias else None
+        weight = draw(classes, dtype=dtype).abs() if has_weight else None
+        target = torch.arange(x.numel() // k, device=device).reshape(rows) % classes
+        given = (x, w, bias, torch.where(target == 1, -1, target), weight)
+        options = (reduction, -1, *numbers)
+        yield ops.linear_cross_entropy, (*given, *options), {}
+        loss, stats = ops.linear_cross_entropy(*given, *options)
+        grad = draw(*loss.shape, dtype=loss.dtype)
+        for needs in ((True, True, has_bias), (False, True, False)):
+            yield ops.linear_cross_entropy_backward, (grad, *given, stats, *options, *needs), {}
+
+
+def _rotary_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    # input, tables, whether heads lie inside the rows; dtypes; interleaved
+    cases: list[tuple[Any, ...]] = [
+        ((2, 3, 5, 8), (5, 3), True, (f32, f32), True),
+        ((2, 3, 4, 70), (2, 1, 4, 35), False, (f64, f64), False),
+        ((4, 33), (4, 16), False, (bf16, f32), False),
+        ((3, 2, 6), (2, 2), False, (f16, f16), True),
+        ((0, 4, 6), (4, 3), False, (f32, f32), False),
+    ]
+    for shape, angles, inside, (dtype, table), interleaved in cases:
+        x, cos, sin = draw(*shape, dtype=dtype), draw(*angles, dtype=table), draw(*angles, dtype=table)
+        x = x.transpose(1, 2).contiguous().transpose(1, 2) if inside else x
+        yield ops.rotary, (x, cos, sin, interleaved, False), {}
+        yield ops.rotary, (x, cos, sin, interleaved, True), {}
+    lengths, where = torch.tensor([3, 0], device=device), torch.tensor([[2, 0], [3, 1]], device=device)
+    for dtype, angle, pages in ((f32, f32, None), (f64, f64, where), (bf16, f32, where.int()), (f16, None, None)):
+        q, k, v = (draw(2, heads, 2, width, dtype=dtype) for heads, width in ((4, 8), (2, 8), (2, 6)))
+        caches = [draw(4 if pages is not None else 2, 2, 5, width, dtype=dtype) for width in (8, 6)]
+        tables = [None if angle is None else draw(5, 3, dtype=angle) for _ in range(2)]
+        yield ops.append_kv, (q, k, v, *caches, lengths, pages, *tables, dtype == f32, True), {}
+    empty = [draw(0, heads, 2, 8, dtype=f32) for heads in (4, 2, 2, 2, 2)]
+    yield ops.append_kv, (*empty, lengths[:0], None, None, None, False, False), {}

@@ -1,5 +1,6 @@
 """Twins of torch.nn's modules: the same constructors, parameters and state_dict; only forward differs."""
 
+from . import cross_entropy as _cross_entropy
 from . import functional
 from .attention import MultiheadAttention
 from .feed_forward import GEGLU, SwiGLU
@@ -40,3 +41,7 @@ __all__ = [
     "TransformerEncoderLayer",
     "functional",
 ]
+
+if hasattr(_cross_entropy, "LinearCrossEntropyLoss"):  # torch 2.13 and newer
+    LinearCrossEntropyLoss = _cross_entropy.LinearCrossEntropyLoss
+    __all__ += ["LinearCrossEntropyLoss"]

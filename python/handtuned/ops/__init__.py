@@ -8,7 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 from .attention import ATTENTION_OPS, AttentionArguments, attention, attention_backward
+from .cells import CELLS, RATES, Cell
 from .common import Arguments
+from .cross_entropy import (
+    CROSS_ENTROPY_OPS,
+    CrossEntropyArguments,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+)
 from .linear import (
     LINEAR_OPS,
     LinearArguments,
@@ -32,31 +39,40 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import GATES, RNN_OPS, SAVED, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **LINEAR_INT8_OPS, **RNN_OPS}
+_LINEAR_OPS = {**LINEAR_OPS, **LINEAR_INT8_OPS, **CROSS_ENTROPY_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **_LINEAR_OPS, **ROTARY_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
     (LINEAR_INT8_OPS, LinearInt8Arguments),
+    (CROSS_ENTROPY_OPS, CrossEntropyArguments),
+    (ROTARY_OPS, RotaryArguments),
     (RNN_OPS, RnnArguments),
 )
 
 __all__ = [
     "ATTENTION_OPS",
+    "CELLS",
+    "CROSS_ENTROPY_OPS",
     "GATES",
     "LINEAR_INT8_OPS",
     "LINEAR_OPS",
     "MOST_QUANTIZED",
     "NORM_OPS",
     "OPS",
+    "RATES",
     "RNN_OPS",
-    "SAVED",
+    "ROTARY_OPS",
+    "Cell",
     "add_layer_norm",
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "append_kv",
     "arguments",
     "attention",
     "attention_backward",
@@ -65,6 +81,8 @@ __all__ = [
     "layer_norm_inference",
     "linear",
     "linear_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "linear_inference",
     "linear_int8",
     "linear_int8_pack",
@@ -76,6 +94,7 @@ __all__ = [
     "rnn",
     "rnn_backward",
     "rnn_pack",
+    "rotary",
 ]
 
 

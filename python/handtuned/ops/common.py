@@ -60,13 +60,13 @@ class Arguments:
             f"{name} is on {tensor.device}, {main} is on {device}; move it with .to({main}.device)",
         )
 
-    def check_dropout(self) -> None:
-        p, seed = self["dropout_p"] or 0.0, self["seed"]
-        self.require(0 <= p <= 1, f"dropout_p is {p}, the limits are 0 and 1; pass a probability")
-        if p == 0:
+    def check_dropout(self, name: str = "dropout_p", p: float | None = None, needs_seed: bool = True) -> None:
+        p, seed = (self[name] or 0.0) if p is None else p, self["seed"]
+        self.require(0 <= p <= 1, f"{name} is {p}, the limits are 0 and 1; pass a probability")
+        if p == 0 or not needs_seed:
             return
         if seed is None:
-            self.require(False, f"dropout_p is {p} but seed is None; pass an int64 tensor with one element")
+            self.require(False, f"{name} is {p} but seed is None; pass an int64 tensor with one element")
             return
         self.check_device("seed", seed)
         self.require(

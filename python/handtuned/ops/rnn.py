@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cells import CELLS, MODES, RATES, Cell
 from .common import Arguments, by_name, namespace, register, wide_dtype
 
 rnn_pack = namespace.rnn_pack.default
@@ -14,8 +15,6 @@ rnn = namespace.rnn.default
 rnn_backward = namespace.rnn_backward.default
 
 RNN_OPS = by_name(rnn_pack, rnn, rnn_backward)
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
-SAVED = {"LSTM": 5, "GRU": 4, "RNN_TANH": 0, "RNN_RELU": 0}
 HEADER_BYTES = 64
 
 
@@ -26,6 +25,7 @@ def _round_up(n: int, to: int) -> int:
 class RnnArguments(Arguments):
     """A stack of layers: sizes given by number (rnn) or by the weights (rnn_pack, rnn_backward)."""
 
+    cell: Cell
     hidden: int
     state: int  # width of h: proj_size, or hidden_size
     layers: int
@@ -49,7 +49,8 @@ class RnnArguments(Arguments):
     def check(self) -> None:
         self.check_dtype()
         mode = self["mode"]
-        self.require(mode in GATES, f"mode is '{mode}', allowed are LSTM, GRU, RNN_TANH and RNN_RELU")
+        self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
+        self.cell = CELLS[mode]
         if self.weights is not None:
             self._check_weights(self.weights)
         else:
@@ -60,21 +61,44 @@ class RnnArguments(Arguments):
             self._check_packed(self["packed"])
         if "dropout_p" in self.named:
             self.check_dropout()
+            self._check_rates(self["rates"])
+        if "weight_dropout" in self.named:
+            self.check_dropout("weight_dropout")
+        self.require(
+            self.cell.is_lstm or not self["need_cells"],
+            f"need_cells is given but mode is {mode}; only the LSTM has a cell state",
+        )
         if "saved" in self.named:
             self._check_saved()
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return dict(zip(RATES, self["rates"] or (0.0,) * len(RATES), strict=True))
+
+    def _check_rates(self, rates: list[float] | None) -> None:
+        if rates is None:
+            return
+        names = f"{', '.join(RATES[:-1])} and {RATES[-1]}"
+        self.require(len(rates) == len(RATES), f"rates has {len(rates)} numbers, expected {len(RATES)}; pass {names}")
+        for name, rate in self.rates.items():
+            self.check_dropout(name, rate, needs_seed=self["seed"] is not None or "zoneout" not in name)
+        self.require(
+            rates[1] == 0 or self.cell.is_lstm,
+            f"cell_zoneout is {rates[1]} but mode is {self['mode']}; only the LSTM has a cell state",
+        )
 
     def _take_sizes(self) -> None:
         hidden, proj, layers = self["hidden_size"], self["proj_size"], self["num_layers"]
         self.require(hidden >= 1, f"hidden_size is {hidden}, the least is 1")
         self.require(
-            proj == 0 or (self["mode"] == "LSTM" and 0 < proj < hidden),
+            proj == 0 or (self.cell.is_lstm and 0 < proj < hidden),
             f"proj_size is {proj}, allowed are 0 and, for the LSTM, less than hidden_size, {hidden}",
         )
         self.require(layers >= 1, f"num_layers is {layers}, the least is 1")
         self.hidden, self.state, self.layers = hidden, proj or hidden, layers
 
     def _check_weights(self, weights: list[Tensor]) -> None:
-        gates, w_hh = GATES[self["mode"]], weights[1] if len(weights) > 1 else weights[0]
+        gates, w_hh = self.cell.gates, weights[1] if len(weights) > 1 else weights[0]
         for i in range(min(2, len(weights))):
             self.require(
                 weights[i].dim() == 2 and weights[i].shape[0] >= gates and weights[i].shape[0] % gates == 0,
@@ -84,11 +108,11 @@ class RnnArguments(Arguments):
         self.hidden, self.state = w_hh.shape[0] // gates, w_hh.shape[1]
         projected = self.state != self.hidden
         self.require(
-            not projected or (self["mode"] == "LSTM" and 0 < self.state < self.hidden),
+            not projected or (self.cell.is_lstm and 0 < self.state < self.hidden),
             f"weights[1] has shape {list(w_hh.shape)}, expected [{w_hh.shape[0]}, {self.hidden}], or fewer columns for "
             "an LSTM with a projection",
         )
-        each = 2 + 2 * bool(self["bias"]) + projected
+        each = self.cell.weights(bool(self["bias"]), projected)
         self.require(
             len(weights) % (each * self.directions) == 0,
             f"weights has {len(weights)} tensors, expected a multiple of {each * self.directions}: {each} for each "
@@ -110,10 +134,12 @@ class RnnArguments(Arguments):
             )
 
     def _weight_shape(self, layer: int, place: int) -> tuple[int, ...]:
-        rows = GATES[self["mode"]] * self.hidden
+        rows = self.cell.gates * self.hidden
         inputs = self.directions * self.state if layer else self.inputs
         biases = [(rows,), (rows,)] if self["bias"] else []
-        return [(rows, inputs), (rows, self.state), *biases, (self.state, self.hidden)][place]
+        projection = [(self.state, self.hidden)] if self.state != self.hidden else []
+        peepholes = (self.cell.peephole_gates * self.hidden,)
+        return [(rows, inputs), (rows, self.state), *biases, *projection, peepholes][place]
 
     @property
     def is_packed(self) -> bool:
@@ -154,7 +180,7 @@ class RnnArguments(Arguments):
             if self[name] is None:
                 continue
             self.require(
-                name == "h0" or mode == "LSTM", f"c0 is given but mode is {mode}; only the LSTM has a cell state"
+                name == "h0" or self.cell.is_lstm, f"c0 is given but mode is {mode}; only the LSTM has a cell state"
             )
             self._check_like(name, self._state_shape(width), given.dtype, "one state for each layer and direction")
 
@@ -168,7 +194,7 @@ class RnnArguments(Arguments):
         self.require(tensor.dtype == dtype, f"{name} is {tensor.dtype}, expected {dtype}; convert it with .to()")
 
     def _packed_bytes(self) -> int:
-        gates, wide = GATES[self["mode"]], wide_dtype(self.main.dtype).itemsize
+        gates, wide = self.cell.gates, wide_dtype(self.main.dtype).itemsize
 
         def columns(gates: int, out: int) -> int:
             return gates * _round_up(out, 64 if gates == 1 else 16)
@@ -181,6 +207,7 @@ class RnnArguments(Arguments):
             inputs = self.directions * self.state if layer else self.inputs
             one = matrix(gates, self.hidden, inputs) + matrix(gates, self.hidden, self.state)
             one += matrix(1, self.state, self.hidden) if self.state != self.hidden else 0
+            one += self.cell.peephole_gates * _round_up(self.hidden, 64) * wide
             total += self.directions * (one + 2 * columns(gates, self.hidden) * wide)
         return total
 
@@ -194,14 +221,15 @@ class RnnArguments(Arguments):
         )
 
     def _saved_numbers(self) -> int:
-        each = self.state + SAVED[self["mode"]] * self.hidden
+        each = self.state + self.cell.kept(self.rates["zoneout"]) * self.hidden
         return self.layers * self.rows * self.directions * each
 
     def _check_saved(self) -> None:
         shapes = {
-            "grad_output": self._output_shape(),
+            "grad_output": self._output_shape(self.state),
             "grad_hn": self._state_shape(self.state),
             "grad_cn": self._state_shape(self.hidden),
+            "grad_cells": self._output_shape(self.hidden),
             "saved": (self._saved_numbers(),),
         }
         for name, shape in shapes.items():
@@ -209,13 +237,13 @@ class RnnArguments(Arguments):
                 dtype = wide_dtype(self.main.dtype) if name == "saved" else self.main.dtype
                 self._check_like(name, shape, dtype, "what the forward returned, with need_saved")
 
-    def _output_shape(self) -> tuple[int, ...]:
-        return (*self.main.shape[:-1], self.directions * self.state)
+    def _output_shape(self, width: int) -> tuple[int, ...]:
+        return (*self.main.shape[:-1], self.directions * width)
 
     # ---- fakes
 
     def copies(self) -> list[str]:
-        given = {name: self[name] for name in ("input", "grad_output") if self[name] is not None}
+        given = {name: self[name] for name in ("input", "grad_output", "grad_cells") if self[name] is not None}
         return [
             f"{name} is copied once: its last stride is {tensor.stride(-1)}, not 1"
             for name, tensor in given.items()
@@ -227,11 +255,13 @@ class RnnArguments(Arguments):
         if self.op == "rnn_pack":
             return main.new_empty(self._packed_bytes(), dtype=torch.uint8)
         if self.op == "rnn":
-            lstm, wide = self["mode"] == "LSTM", wide_dtype(main.dtype)
+            lstm, wide = self.cell.is_lstm, wide_dtype(main.dtype)
+            cells = self._output_shape(self.hidden)
             return (
-                _empty_like(main, self._output_shape()),
+                _empty_like(main, self._output_shape(self.state)),
                 main.new_empty(self._state_shape(self.state)),
                 main.new_empty(self._state_shape(self.hidden) if lstm else 0),
+                _empty_like(main, cells) if self["need_cells"] else main.new_empty(0),
                 main.new_empty(self._saved_numbers() if self["need_saved"] else 0, dtype=wide),
             )
         assert self.weights is not None
@@ -256,7 +286,7 @@ def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def packed_bytes(weights: list[Tensor], mode: str, bidirectional: bool, bias: bool) -> int:
     """The size of what rnn_pack makes of these weights."""
-    arguments = RnnArguments(rnn_pack, (weights, mode, bidirectional, bias))
+    arguments = RnnArguments(rnn_pack, (weights, mode, bidirectional, bias, 0.0, None))
     arguments.check()
     return arguments._packed_bytes()
 

@@ -93,12 +93,14 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def dropout_factor(shape: torch.Size, normalized_ndim: int, p: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+def dropout_factor(
+    shape: torch.Size, normalized_ndim: int, p: float, seed: Tensor, dtype: torch.dtype, first_row: int = 0
+) -> Tensor:
     """1 / (1-p) where an element is kept, else 0; the same mask as every kernel (layout: csrc/cpu/philox.h)."""
     rows, cols = _rows(torch.empty(shape, device="meta"), normalized_ndim)
     device = seed.device
     column = torch.arange(cols, device=device)
-    row = torch.arange(rows, device=device)[:, None]
+    row = first_row + torch.arange(rows, device=device)[:, None]
     zero = torch.zeros(rows, cols, dtype=torch.int64, device=device)
     key = int(seed.item())
     words = philox4x32(

@@ -6,93 +6,155 @@ Of each layer and direction, with x_t its input at a step and h, c the state (bo
     GRU       r, z = sigmoid(W_ih x_t + b_ih + W_hh h + b_hh);   n = tanh(W_in x_t + b_in + r * (W_hn h + b_hn));
               h' = (1 - z) * n + z * h
     RNN       h' = tanh or relu of  W_ih x_t + b_ih + W_hh h + b_hh
+Variants: the LSTM's gates coupled, f = 1 - i, and with peepholes, p_i * c, p_f * c and p_o * c' added to what i, f and
+o are of; hard sigmoid and tanh; zoneout, h and c become w * new + (1 - w) * old with w drawn from {0, 1}, or without a
+seed 1 - p; dropout of the h that W_hh multiplies, by one mask for all steps, and of W_hh.
 A row's state stands still at the steps past its length: going forward it ends there, going backward it starts there.
 
 ``recur`` takes the weights themselves and is differentiable as it stands; the ops take them packed.
 Sources: Hochreiter and Schmidhuber 1997, Gers et al. 2000, Sak et al. 2014 (arXiv:1402.1128, the projection), Cho et
-al. 2014 (arXiv:1406.1078) in the form of torch.nn.GRU, Elman 1990, torch.nn.LSTM, GRU and RNN.
+al. 2014 (arXiv:1406.1078) in the form of torch.nn.GRU, Elman 1990, torch.nn.LSTM, GRU and RNN; Gers and Schmidhuber
+2000 (peepholes), Greff et al. 2017 (arXiv:1503.04069, coupled gates), Krueger et al. 2017 (arXiv:1606.01305, zoneout),
+Gal and Ghahramani 2016 (arXiv:1512.05287, dropout of states), Merity et al. 2018 (arXiv:1708.02182, of weights).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import hardtanh, linear
 
+from ..ops.cells import CELLS, RATES, Cell
 from .norm import _wide, dropout_factor
 
 HEADER_BYTES = 64
 State = tuple[Tensor, Tensor | None]  # h, and c of the LSTM
-Cell = Callable[[Tensor, Tensor, "Direction", State], State]
+Rates = Sequence[float] | None
+Step = Callable[[Tensor, Tensor, "Direction", State], State]
 
 
 @dataclass
 class Direction:
     """The wide weights of one layer and direction."""
 
+    cell: Cell
     w_ih: Tensor
     w_hh: Tensor
-    b_ih: Tensor | None
-    b_hh: Tensor | None
-    w_hr: Tensor | None
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+    peepholes: Tensor | None = None
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6 if self.cell.hardsigmoid else x.sigmoid()
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return hardtanh(x) if self.cell.hardtanh else x.tanh()
+
+    def peep(self, gate: int, c: Tensor) -> Tensor | float:
+        return 0.0 if self.peepholes is None else self.peepholes.chunk(self.cell.peephole_gates)[gate] * c
 
 
 # ---- a step: gates' pre-activations from below, from the state -------------------------------------------------------
 
 
 def _lstm(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    i, f, g, o = (from_input + from_state).chunk(4, -1)
-    assert state[1] is not None
-    c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-    h = o.sigmoid() * c.tanh()
+    c = state[1]
+    assert c is not None
+    i, *f, g, o = (from_input + from_state).chunk(w.cell.gates, -1)
+    i = w.sigmoid(i + w.peep(0, c))
+    c = (w.sigmoid(f[0] + w.peep(1, c)) if f else 1 - i) * c + i * w.tanh(g)
+    h = w.sigmoid(o + w.peep(-1, c)) * w.tanh(c)
     return (h if w.w_hr is None else linear(h, w.w_hr)), c
 
 
 def _gru(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
     (ri, zi, ni), (rh, zh, nh) = from_input.chunk(3, -1), from_state.chunk(3, -1)
-    z = (zi + zh).sigmoid()
-    n = (ni + (ri + rh).sigmoid() * nh).tanh()
+    z = w.sigmoid(zi + zh)
+    n = w.tanh(ni + w.sigmoid(ri + rh) * nh)
     return (1 - z) * n + z * state[0], None
 
 
 def _tanh(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    return (from_input + from_state).tanh(), None
+    return w.tanh(from_input + from_state), None
 
 
 def _relu(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
     return (from_input + from_state).relu(), None
 
 
-CELLS: dict[str, Cell] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
-GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+STEPS: dict[str, Step] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
+
+
+# ---- what is drawn at random (csrc/cpu/rnn_noise.h) ------------------------------------------------------------------
+
+KINDS = ("dropout", *RATES)
+
+
+def _mask(kind: str, shape: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Factors of the dropout of a kind, or None where there is none."""
+    if p == 0:
+        return None
+    assert seed is not None
+    return dropout_factor(torch.Size(shape), 1, p, seed, dtype, KINDS.index(kind) << 48)
+
+
+def _share(kind: str, shape: Sequence[int], p: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
+    """The share of the new state under zoneout, or None where it is all."""
+    if seed is None:
+        return None if p == 0 else like.new_tensor(1 - p).expand(*shape)
+    factor = _mask(kind, shape, p, seed, like.dtype)
+    return None if factor is None else (factor != 0).to(like.dtype)
+
+
+def _zone(share: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if share is None else share * new + (1 - share) * old
+
+
+@dataclass
+class _Noise:
+    """Of one layer and direction; shares are [T, B, width], the mask of states is [B, width]."""
+
+    share_h: Tensor | None
+    share_c: Tensor | None
+    states: Tensor | None
 
 
 # ---- a sequence ------------------------------------------------------------------------------------------------------
 
 
 def _run(
-    mode: str, x: Tensor, running: Tensor | None, w: Direction, state: State, reverse: bool
-) -> tuple[Tensor, State]:
-    """One direction over x [T, B, width]; running [T, B, 1] is where a row has a step. Outputs there, else 0."""
+    x: Tensor, running: Tensor | None, w: Direction, state: State, noise: _Noise, reverse: bool
+) -> tuple[Tensor, Tensor | None, State]:
+    """One direction over x [T, B, width]; running [T, B, 1] is where a row has a step. h and c there, else 0."""
     from_inputs = linear(x, w.w_ih, w.b_ih)
     steps = range(x.shape[0])
     outputs: list[Tensor] = []
+    cells: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
-        new = CELLS[mode](from_inputs[t], linear(state[0], w.w_hh, w.b_hh), w, state)
+        seen = state[0] if noise.states is None else state[0] * noise.states
+        h, c = STEPS[w.cell.name](from_inputs[t], linear(seen, w.w_hh, w.b_hh), w, state)
+        h = _zone(None if noise.share_h is None else noise.share_h[t], h, state[0])
+        if c is not None and state[1] is not None:
+            c = _zone(None if noise.share_c is None else noise.share_c[t], c, state[1])
         if running is None:
-            state = new
-            outputs.append(new[0])
+            state = h, c
+            outputs.append(h)
+            cells += [] if c is None else [c]
             continue
-        here, c = running[t], new[1]
+        here = running[t]
         kept = None if c is None or state[1] is None else torch.where(here, c, state[1])
-        state = torch.where(here, new[0], state[0]), kept
-        outputs.append(torch.where(here, new[0], 0.0))
-    if not outputs:
-        return from_inputs[..., : state[0].shape[-1]], state  # empty, and with a gradient
-    return torch.stack(outputs[::-1] if reverse else outputs), state
+        state = torch.where(here, h, state[0]), kept
+        outputs.append(torch.where(here, h, 0.0))
+        cells += [] if c is None else [torch.where(here, c, 0.0)]
+    if not outputs:  # empty, and with a gradient
+        c = state[1]
+        return from_inputs[..., : state[0].shape[-1]], None if c is None else from_inputs[..., : c.shape[-1]], state
+    turn = slice(None, None, -1 if reverse else 1)
+    return torch.stack(outputs[turn]), torch.stack(cells[turn]) if cells else None, state
 
 
 @dataclass
@@ -127,10 +189,11 @@ def recur(
     bidirectional: bool,
     bias: bool,
     dropout_p: float,
+    rates: Rates,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(output, hn, cn) of the op rnn, from the weights in torch's order."""
-    rows = _Rows.of(lengths) if input.dim() == 2 and lengths is not None else None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, hn, cn, cells) of the op rnn, from the weights in torch's order."""
+    cell, rows = CELLS[mode], _Rows.of(lengths) if input.dim() == 2 and lengths is not None else None
     x = _wide(input if rows is None else rows.unpack(input))
     steps, batch, directions = x.shape[0], x.shape[1], 2 if bidirectional else 1
     running = None
@@ -138,44 +201,65 @@ def recur(
         running = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
         x = torch.where(running, x, 0.0)  # what stands in the padding reaches nothing, gradients included
     stack = _directions(weights, mode, bias)
-    hidden, width = weights[1].shape[0] // GATES[mode], weights[1].shape[1]
-    factor = None
-    layers = len(stack) // directions
-    if dropout_p > 0 and layers > 1:
-        assert seed is not None
-        shape = torch.Size((layers - 1, *input.shape[:-1], directions * width))
-        factor = dropout_factor(shape, 1, dropout_p, seed, x.dtype)
-    h_first = x.new_zeros(len(stack), batch, width) if h0 is None else _wide(h0)
+    hidden, width = weights[1].shape[0] // cell.gates, weights[1].shape[1]
+    count, layers = len(stack), len(stack) // directions
+    zoneout, cell_zoneout, state_dropout, weight_dropout = rates or (0.0,) * len(RATES)
+
+    def each(noise: Tensor | None) -> list[Tensor | None]:
+        """Of each layer (and direction) [T, B, width], from what is drawn for input's rows."""
+        if noise is None:
+            return [None] * count
+        return [part if rows is None or part.dim() != 2 else rows.unpack(part) for part in noise]
+
+    lead = input.shape[:-1]
+    drop = each(
+        _mask("dropout", (layers - 1, *lead, directions * width), dropout_p if layers > 1 else 0.0, seed, x.dtype)
+    )
+    shares_h = each(_share("zoneout", (count, *lead, width), zoneout, seed, x))
+    shares_c = each(_share("cell_zoneout", (count, *lead, hidden), cell_zoneout, seed, x))
+    states = _mask("recurrent_dropout", (count, batch, width), state_dropout, seed, x.dtype)
+    dropped = _mask("weight_dropout", (count, cell.gates * hidden, width), weight_dropout, seed, x.dtype)
+    h_first = x.new_zeros(count, batch, width) if h0 is None else _wide(h0)
     c_first = None
-    if mode == "LSTM":
-        c_first = x.new_zeros(len(stack), batch, hidden) if c0 is None else _wide(c0)
+    if cell.is_lstm:
+        c_first = x.new_zeros(count, batch, hidden) if c0 is None else _wide(c0)
     finals: list[State] = []
+    cells: list[Tensor | None] = []
     for layer in range(layers):
-        if layer and factor is not None:
-            x = x * (factor[layer - 1] if rows is None else rows.unpack(factor[layer - 1]))
-        outputs = []
+        factor = drop[layer - 1] if layer else None
+        x = x if factor is None else x * factor
+        outputs, cells = [], []
         for d in range(directions):
             k = layer * directions + d
+            w = stack[k] if dropped is None else replace(stack[k], w_hh=stack[k].w_hh * dropped[k])
+            noise = _Noise(shares_h[k], shares_c[k], None if states is None else states[k])
             first = (h_first[k], None if c_first is None else c_first[k])
-            y, state = _run(mode, x, running, stack[k], first, reverse=d == 1)
+            y, c, state = _run(x, running, w, first, noise, reverse=d == 1)
             outputs.append(y)
+            cells.append(c)
             finals.append(state)
         x = torch.cat(outputs, -1)
+
+    def given(dense: Tensor) -> Tensor:
+        return _laid_out_like(input, (dense if rows is None else rows.pack(dense)).to(input.dtype))
+
     hn = torch.stack([h for h, _ in finals]).to(input.dtype)
-    cells = [c for _, c in finals if c is not None]
-    cn = torch.stack(cells).to(input.dtype) if cells else input.new_empty(0)
-    output = (x if rows is None else rows.pack(x)).to(input.dtype)
-    return _laid_out_like(input, output), hn, cn
+    if not cell.is_lstm:
+        return given(x), hn, input.new_empty(0), input.new_empty(0)
+    cn = torch.stack([c for _, c in finals if c is not None]).to(input.dtype)
+    return given(x), hn, cn, given(torch.cat([c for c in cells if c is not None], -1))
 
 
 def _directions(weights: list[Tensor], mode: str, bias: bool) -> list[Direction]:
-    projected = weights[1].shape[1] != weights[1].shape[0] // GATES[mode]
-    each = 2 + 2 * bias + projected
+    cell = CELLS[mode]
+    projected = weights[1].shape[1] != weights[1].shape[0] // cell.gates
+    each = cell.weights(bias, projected)
     found = []
     for first in range(0, len(weights), each):
         w = [_wide(t) for t in weights[first : first + each]]
         b_ih, b_hh = w[2:4] if bias else (None, None)
-        found.append(Direction(w[0], w[1], b_ih, b_hh, w[-1] if projected else None))
+        peepholes = w.pop() if cell.peepholes else None
+        found.append(Direction(cell, w[0], w[1], b_ih, b_hh, w[-1] if projected else None, peepholes))
     return found
 
 
@@ -189,16 +273,19 @@ def _laid_out_like(tensor: Tensor, result: Tensor) -> Tensor:
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 
 
-def rnn_pack(weights: list[Tensor], mode: str, bidirectional: bool, bias: bool) -> Tensor:
+def rnn_pack(
+    weights: list[Tensor], mode: str, bidirectional: bool, bias: bool, weight_dropout: float, seed: Tensor | None
+) -> Tensor:
     """Bytes of the size that the kernels' are: a header of zeros, then the weights as they are, zeros for no biases."""
     from .. import ops
 
     packed = weights[0].new_zeros(ops.packed_bytes(weights, mode, bidirectional, bias), dtype=torch.uint8)
-    offset = HEADER_BYTES
-    for w in _directions(weights, mode, bias):
-        rows = w.w_ih.shape[0]
+    offset, stack = HEADER_BYTES, _directions(weights, mode, bias)
+    dropped = _mask("weight_dropout", (len(stack), *stack[0].w_hh.shape), weight_dropout, seed, stack[0].w_hh.dtype)
+    for k, w in enumerate(stack):
+        rows, w_hh = w.w_ih.shape[0], w.w_hh if dropped is None else w.w_hh * dropped[k]
         biases = [w.w_ih.new_zeros(rows) if b is None else b for b in (w.b_ih, w.b_hh)]
-        for tensor in (w.w_ih, w.w_hh, *biases, w.w_hr):
+        for tensor in (w.w_ih, w_hh, *biases, w.w_hr, w.peepholes):
             if tensor is not None:
                 data = tensor.detach().to(weights[0].dtype).reshape(-1).view(torch.uint8)
                 packed[offset : offset + data.numel()] = data
@@ -209,11 +296,13 @@ def rnn_pack(weights: list[Tensor], mode: str, bidirectional: bool, bias: bool) 
 def _unpacked(
     packed: Tensor, dtype: torch.dtype, mode: str, inputs: int, hidden: int, proj: int, layers: int, directions: int
 ) -> list[Tensor]:
-    rows, state = GATES[mode] * hidden, proj or hidden
+    cell = CELLS[mode]
+    rows, state = cell.gates * hidden, proj or hidden
     offset, weights = HEADER_BYTES, []
     for k in range(layers * directions):
         width = inputs if k < directions else directions * state
         shapes = [(rows, width), (rows, state), (rows,), (rows,), *([(proj, hidden)] if proj else [])]
+        shapes += [(cell.peephole_gates * hidden,)] if cell.peepholes else []
         for shape in shapes:
             count = torch.Size(shape).numel() * dtype.itemsize
             weights.append(packed[offset : offset + count].view(dtype).reshape(shape))
@@ -233,25 +322,29 @@ def rnn(
     num_layers: int,
     bidirectional: bool,
     dropout_p: float,
+    rates: Rates,
     seed: Tensor | None,
     need_saved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_cells: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """saved is left at zero: the formula of the backward computes anew."""
-    from .. import ops
-
     directions, state = 1 + bidirectional, proj_size or hidden_size
     weights = _unpacked(
         *(packed, input.dtype, mode, input.shape[-1], hidden_size, proj_size, num_layers, directions),
     )
-    result = recur(input, lengths, h0, c0, weights, mode, bidirectional, True, dropout_p, seed)
-    numbers = num_layers * directions * input.shape[:-1].numel() * (state + ops.SAVED[mode] * hidden_size)
-    return *result, _wide(input).new_zeros(numbers if need_saved else 0)
+    rates = None if rates is None else (*rates[:-1], 0.0)  # rnn_pack has dropped weights already
+    *result, cells = recur(input, lengths, h0, c0, weights, mode, bidirectional, True, dropout_p, rates, seed)
+    each = state + CELLS[mode].kept(rates[0] if rates else 0.0) * hidden_size
+    numbers = num_layers * directions * input.shape[:-1].numel() * each
+    saved = _wide(input).new_zeros(numbers if need_saved else 0)
+    return result[0], result[1], result[2], cells if need_cells else input.new_empty(0), saved
 
 
 def rnn_backward(
     grad_output: Tensor | None,
     grad_hn: Tensor | None,
     grad_cn: Tensor | None,
+    grad_cells: Tensor | None,
     input: Tensor,
     lengths: Tensor | None,
     h0: Tensor | None,
@@ -262,6 +355,7 @@ def rnn_backward(
     bidirectional: bool,
     bias: bool,
     dropout_p: float,
+    rates: Rates,
     seed: Tensor | None,
     need_input: bool,
     need_h0: bool,
@@ -280,8 +374,8 @@ def rnn_backward(
         x, h, c = leaf(input, need_input), leaf(h0, need_h0), leaf(c0, need_c0)
         ws = [w for w in (leaf(weight, need_weights) for weight in weights) if w is not None]
         assert x is not None
-        results = recur(x, lengths, h, c, ws, mode, bidirectional, bias, dropout_p, seed)
-        pairs = zip(results, (grad_output, grad_hn, grad_cn), strict=True)
+        results = recur(x, lengths, h, c, ws, mode, bidirectional, bias, dropout_p, rates, seed)
+        pairs = zip(results, (grad_output, grad_hn, grad_cn, grad_cells), strict=True)
         used = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
         wanted = [t for t, need in ((x, need_input), (h, need_h0), (c, need_c0)) if need and t is not None]
         wanted += ws if need_weights else []

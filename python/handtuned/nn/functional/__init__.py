@@ -2,6 +2,7 @@
 
 from .attention import attention_varlen, scaled_dot_product_attention
 from .attention_tools import attention_weights, merge_attention
+from .cross_entropy import linear_cross_entropy
 from .kv_cache import attention_with_kv_cache
 from .linear import linear, pack_linear_weight
 from .linear_int8 import linear_int8, pack_int8_weight, quantize_linear_weight
@@ -20,6 +21,7 @@ __all__ = [
     "gru_cell",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_int8",
     "lstm",
     "lstm_cell",

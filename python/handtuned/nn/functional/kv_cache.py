@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...autograd import kernels_for
 from .attention import Window, _scale, visible_window
+from .rotary import as_table
 
 _OP = "attention_with_kv_cache"
 
@@ -29,72 +30,21 @@ def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
             )
 
 
-def _numbers(index: Tensor) -> list[int]:
-    """What the index says, for checks; nothing off the CPU or while compiling, where the write itself checks it."""
-    return index.flatten().tolist() if index.device.type == "cpu" and not torch.compiler.is_compiling() else []
-
-
-def _check_room(lengths: Tensor, new: int, capacity: int) -> None:
-    numbers = _numbers(lengths)
-    if numbers and not (min(numbers) >= 0 and max(numbers) + new <= capacity):
-        raise _error(
-            f"cache_lengths go from {min(numbers)} to {max(numbers)}, the limits are 0 and {capacity - new} ({new} new "
-            f"keys in a cache of {capacity}); allocate a longer cache"
-        )
-
-
-def _places(cache: Tensor, lengths: Tensor, block_table: Tensor | None, new: int) -> tuple[Tensor, Tensor]:
-    """Where the new keys go: (row of the cache or page, slot in it), both [B, Lnew] or [B, 1]."""
-    position = lengths[:, None]
-    if new != 1:
-        position = position + torch.arange(new, device=cache.device)
-    if block_table is None:
-        return torch.arange(lengths.shape[0], device=cache.device)[:, None], position
-    page_size = cache.shape[2]
-    pages = block_table.gather(1, (position // page_size).long())
-    numbers = _numbers(pages)
-    if numbers and not (min(numbers) >= 0 and max(numbers) < cache.shape[0]):
-        raise _error(
-            f"the new keys go to the pages {min(numbers)} to {max(numbers)} of block_table, the limits are 0 and "
-            f"{cache.shape[0] - 1}; give each sequence pages for its new keys"
-        )
-    return pages, position % page_size
-
-
-def _check_new(name: str, new: Tensor, cache: Tensor, batch: int, count: int) -> None:
-    if new.shape != (batch, cache.shape[1], count, cache.shape[3]):
-        raise _error(
-            f"{name} has shape {list(new.shape)}, expected {[batch, cache.shape[1], count, cache.shape[3]]} beside a "
-            f"{name}_cache of shape {list(cache.shape)}; pass the new keys and values as (B, Hk, Lnew, D)"
-        )
-    if new.dtype != cache.dtype:
-        raise _error(f"{name} is {new.dtype}, {name}_cache is {cache.dtype}; convert one with .to()")
-
-
-def _append(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    lengths: Tensor,
-    block_table: Tensor | None,
-) -> Tensor:
-    """Writes the new keys and values behind the old ones, in place; the lengths after it."""
-    capacity = key_cache.shape[2] if block_table is None else block_table.shape[1] * key_cache.shape[2]
+def _append(query: Tensor, key: Tensor | None, value: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    """Writes the new keys and values behind the old ones, in place; query as it goes on, and the lengths after it."""
+    (key_cache, value_cache, lengths, block_table, cos, sin, interleaved, in_order) = others
     if key is None or value is None:
         if key is not value:
             raise _error("of key and value one is None; pass both, or neither")
-        _check_room(lengths, 0, capacity)
-        return lengths
-    new = key.shape[-2]
-    _check_new("key", key, key_cache, lengths.shape[0], new)
-    _check_new("value", value, value_cache, lengths.shape[0], new)
-    _check_room(lengths, new, capacity)
-    pages, slots = _places(key_cache, lengths, block_table, new)
-    # Indices on either side of the heads put the dims that they make in front: [B, Lnew, Hk, D].
-    key_cache[pages, :, slots] = key.transpose(1, 2)
-    value_cache[pages, :, slots] = value.transpose(1, 2)
-    return lengths + new
+        if cos is not None or sin is not None:
+            raise _error("rotary_cos or rotary_sin is given but key is None; rotate the query by rotary_embedding")
+        return query, lengths
+    if cos is not None and sin is not None:
+        cos, sin = as_table(cos, query), as_table(sin, query)
+    rotated, lengths = kernels_for("append_kv", query).append_kv(
+        query, key, value, key_cache, value_cache, lengths, block_table, cos, sin, interleaved, in_order
+    )
+    return query if cos is None else rotated, lengths
 
 
 def attention_with_kv_cache(
@@ -113,9 +63,15 @@ def attention_with_kv_cache(
     alibi_slopes: Tensor | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache: new keys and values are written into it in place, then the queries attend to all of it.
+
+    With tables the new keys and the queries are rotated on the way, each at its position in the sequence: the op
+    append_kv does that and the writing in one pass.
 
     Queries are aligned with the end of the keys: with is_causal the last query sees every key, the one before it all
     but the last. One call serves prefill (many queries), decode (one) and speculative decode (a few); with one query
@@ -133,6 +89,10 @@ def attention_with_kv_cache(
             Sequences may share pages that are only read.
         attn_mask: bool (True: may attend) or additive, broadcastable to (B, H, Lq, Lmax).
         is_causal, window, scale, alibi_slopes, softcap, sinks: as in scaled_dot_product_attention.
+        rotary_cos, rotary_sin: (positions, R / 2) from rotary_tables, to rotate query and key as rotary_embedding does.
+            New key t of a sequence stands at cache_lengths + t, and so does query t with is_causal or a window; else
+            all queries stand at cache_lengths.
+        rotary_interleaved: as in rotary_embedding.
         return_lse: also return the log-sum-exp of each row's scores.
 
     Returns:
@@ -151,8 +111,12 @@ def attention_with_kv_cache(
             f"cache_lengths has shape {list(cache_lengths.shape)}, expected [{query.shape[0]}], one per row of query's "
             "batch; pass the lengths before the new keys"
         )
-    lengths = _append(key_cache, value_cache, key, value, cache_lengths, block_table)
     bottom_right, left, right = visible_window(_OP, is_causal, "bottom_right", window)
+    in_order = max(left, right) >= 0
+    query, lengths = _append(
+        *(query, key, value, key_cache, value_cache, cache_lengths, block_table),
+        *(rotary_cos, rotary_sin, rotary_interleaved, in_order),
+    )
     kernels: Any = kernels_for("attention", query)
     output, lse = kernels.attention(
         *(query, key_cache, value_cache, attn_mask, None, None, lengths, block_table, alibi_slopes, sinks),

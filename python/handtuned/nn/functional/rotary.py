@@ -1,9 +1,15 @@
-"""Rotary position embedding: plain torch code, differentiable to any order, on any device, fused by torch.compile."""
+"""Rotary position embedding in one pass, differentiable to any order."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from ... import backends
+from ...autograd import kernels_for, wants_grad
 
 _OP = "rotary_embedding"
 
@@ -36,19 +42,55 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class _Rotary(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernels: Any, input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool
+    ) -> Tensor:
+        ctx.kernels, ctx.interleaved, ctx.inverse = kernels, interleaved, inverse
+        ctx.save_for_backward(cos, sin)
+        output: Tensor = kernels.rotary(input, cos, sin, interleaved, inverse)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The rotation the other way, which can be differentiated again in the same manner."""
+        cos, sin = ctx.saved_tensors
+        grad = _turn(ctx.kernels, grad_output, cos, sin, ctx.interleaved, not ctx.inverse)
+        return None, grad, None, None, None, None
+
+
+def _turn(kernels: Any, input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    if torch.is_grad_enabled() and wants_grad(kernels, input):
+        output: Tensor = _Rotary.apply(kernels, input, cos, sin, interleaved, inverse)  # type: ignore[no-untyped-call]
+        return output
+    output = kernels.rotary(input, cos, sin, interleaved, inverse)
+    return output
+
+
+def as_table(table: Tensor, input: Tensor) -> Tensor:
+    """cos or sin in a dtype that kernels read beside input's."""
+    if table.dtype == input.dtype or (table.dtype == torch.float32 and input.dtype.itemsize == 2):
+        return table
+    return table.to(torch.promote_types(input.dtype, torch.float32))
+
+
 def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotates pairs of features by the angle of their position: (a, b) -> (a cos - b sin, b cos + a sin).
 
-    Su et al. 2021 (arXiv:2104.09864). Features behind the rotated ones are passed on as they are.
+    Su et al. 2021 (arXiv:2104.09864). Features behind the rotated ones are passed on as they are. The gradient of
+    input is the rotation the other way, by the same kernel; tables that require a gradient run the reference formula,
+    with a FallbackWarning.
 
     Args:
-        input: (*, L, D), queries or keys by heads.
-        cos, sin: (L, R / 2) or broadcastable to (*, L, R / 2), R <= D, from rotary_tables.
+        input: (*, L, D), queries or keys by heads, in any layout: float32, float64, bfloat16 or float16.
+        cos, sin: (L, R / 2) or broadcastable to (*, L, R / 2), R <= D, from rotary_tables; float32 is best, also beside
+            16 bits.
         interleaved: pairs are features (2i, 2i + 1), as in the paper and GPT-J; else (i, i + R / 2), as in Llama and
             GPT-NeoX.
 
     Returns:
-        input's shape and dtype; computed in the wider dtype of input and cos.
+        input's shape, dtype and layout in memory; computed in float32 (float64 for float64) and rounded once.
     """
     rotated = 2 * cos.shape[-1]
     if rotated > input.shape[-1]:
@@ -63,9 +105,8 @@ def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
             f"handtuned.{_OP}: cos has shape {list(cos.shape)}, expected {input.shape[-2]} rows, one for each position "
             "of input; make or slice the tables for them"
         )
-    x, rest = input[..., :rotated], input[..., rotated:]
-    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    first, second = a * cos - b * sin, b * cos + a * sin
-    turned = torch.stack((first, second), -1).flatten(-2) if interleaved else torch.cat((first, second), -1)
-    turned = turned.to(input.dtype)
-    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+    cos, sin = as_table(cos, input), as_table(sin, input)
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        backends.fell_back("rotary", "cos or sin requires a gradient, which the kernel does not give")
+        return _turn(backends.formula("rotary", input), input, cos, sin, interleaved, False)
+    return _turn(kernels_for("rotary", input), input, cos, sin, interleaved, False)

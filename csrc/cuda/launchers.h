@@ -1,0 +1,10 @@
+// The launchers that fill the function table (device.cu), one file a family.
+#pragma once
+#include "kernels.h"
+
+namespace handtuned::cuda {
+
+int norm_forward(const NormForward&, int device, void* stream);
+int norm_backward(const NormBackward&, int device, void* stream);
+
+}  // namespace handtuned::cuda

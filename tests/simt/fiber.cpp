@@ -1,0 +1,114 @@
+#include "fiber.h"
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include <sys/mman.h>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+// Saves what the ABI says a call preserves, on the stack, and goes on where `to` was saved.
+extern "C" void simt_switch(void** save, void* to);
+asm(R"(
+.text
+.type simt_switch,@function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch,.-simt_switch
+)");
+
+namespace simt {
+namespace {
+
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kStack = 256 << 10;
+#else
+constexpr size_t kStack = 64 << 10;
+#endif
+constexpr size_t kGuard = 4096;
+
+void* host_sp;
+std::vector<char*> pool;  // stacks of finished fibers
+
+char* new_stack() {
+  if (!pool.empty()) {
+    char* stack = pool.back();
+    pool.pop_back();
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(stack + kGuard, kStack - kGuard);  // frames that were left leave red zones behind
+#endif
+    return stack;
+  }
+  void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stack == MAP_FAILED || mprotect(stack, kGuard, PROT_NONE) != 0) {
+    std::perror("simt: a stack");
+    std::abort();
+  }
+  return static_cast<char*>(stack);
+}
+
+#ifdef __SANITIZE_ADDRESS__
+const void* host_stack;
+size_t host_stack_bytes;
+#endif
+
+}  // namespace
+
+Fiber::Fiber(void (*entry)()) : stack_(new_stack()) {
+  void** sp = reinterpret_cast<void**>(stack_ + kStack);
+  *--sp = nullptr;  // where entry would return to; it also aligns the stack as a call does
+  *--sp = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--sp = nullptr;
+  sp_ = sp;
+}
+
+Fiber::~Fiber() { pool.push_back(stack_); }
+
+void Fiber::resume() {
+#ifdef __SANITIZE_ADDRESS__
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, stack_, kStack);
+#endif
+  simt_switch(&host_sp, sp_);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void Fiber::suspend() {
+#ifdef __SANITIZE_ADDRESS__
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, host_stack, host_stack_bytes);
+#endif
+  simt_switch(&sp_, host_sp);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+void Fiber::started() const {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+#endif
+}
+
+}  // namespace simt

@@ -1,0 +1,35 @@
+// The rest of the runtime API, and what tests set and read through ctypes.
+#include <cuda_runtime.h>
+
+#include <map>
+
+#include "simt.h"
+
+namespace {
+std::map<const void*, size_t>& granted() {
+  static std::map<const void*, size_t> bytes;
+  return bytes;
+}
+}  // namespace
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  if (size_t(value) > simt::kMostShared) return simt::refuse(std::to_string(value) + " bytes of shared memory");
+  granted()[kernel] = size_t(value);
+  return cudaSuccess;
+}
+
+size_t simt::shared_granted(const void* kernel) {
+  const auto found = granted().find(kernel);
+  return found == granted().end() ? kSharedWithoutAsking : std::max(kSharedWithoutAsking, found->second);
+}
+
+extern "C" {
+
+void simt_configure(int schedule, unsigned long long seed) { simt::config = {simt::Schedule(schedule), seed}; }
+
+void simt_plant(int mutant) { simt::planted = mutant; }
+
+simt::Counts simt_counts() { return simt::counts; }
+
+void simt_reset_counts() { simt::counts = {}; }
+}

@@ -1,0 +1,102 @@
+// Memory as the emulated kernels see it.
+//
+// Shared memory starts as NaN. Each of its words remembers its last writer and its readers since the last barrier, so
+// two threads that touch a word without a barrier between them (one of them writing) are a reported race whatever the
+// schedule was. Bank conflicts: the n-th access of each lane since the warp last met counts as one access of the warp.
+//
+// Accesses to global memory are counted and must be aligned to their size.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "simt.h"
+
+namespace simt {
+
+// How often the block, and the warp, have synchronised.
+struct Epoch {
+  uint32_t of_block, of_warp;
+};
+
+class SharedMemory {
+ public:
+  explicit SharedMemory(size_t bytes);
+
+  // The place of an access; fails where it is outside, misaligned or races.
+  void* read(size_t offset, size_t bytes);
+  void* write(size_t offset, size_t bytes);
+
+  size_t bytes() const { return bytes_; }
+
+ private:
+  // Who touched a word last in one way, and when. Several: threads of one warp, or of more than one.
+  struct Touch {
+    static constexpr int kNobody = -1, kSeveral = -2;
+    int thread = kNobody, warp = kNobody;
+    Epoch when{};
+    bool conflicts() const;  // with an access by the running thread, now
+    std::string by() const;
+  };
+  struct Word {
+    Touch write, read;
+  };
+  static Touch now();
+  void* check(size_t offset, size_t bytes, const char* what) const;
+
+  size_t bytes_;
+  std::unique_ptr<unsigned char[]> data_;
+  std::vector<Word> words_;
+};
+
+// Of the running fiber's block and warp.
+SharedMemory& shared_memory();
+Epoch epoch();
+void note_bank_access(size_t offset, size_t bytes);
+
+// A pointer into shared memory whose every access goes through SharedMemory.
+template <class T>
+class Shared {
+ public:
+  explicit Shared(size_t offset) : offset_(offset) {}
+
+  class Reference {
+   public:
+    explicit Reference(size_t offset) : offset_(offset) {}
+    operator T() const {
+      note_bank_access(offset_, sizeof(T));
+      T value;
+      std::memcpy(&value, shared_memory().read(offset_, sizeof(T)), sizeof(T));
+      return value;
+    }
+    const Reference& operator=(const T& value) const {
+      note_bank_access(offset_, sizeof(T));
+      std::memcpy(shared_memory().write(offset_, sizeof(T)), &value, sizeof(T));
+      return *this;
+    }
+    const Reference& operator=(const Reference& other) const { return *this = T(other); }
+    const Reference& operator+=(const T& value) const { return *this = T(*this) + value; }
+
+   private:
+    size_t offset_;
+  };
+
+  template <class I>
+  Reference operator[](I i) const {
+    return Reference(offset_ + size_t(i) * sizeof(T));
+  }
+  Reference operator*() const { return Reference(offset_); }
+  template <class I>
+  Shared operator+(I i) const {
+    return Shared(offset_ + size_t(i) * sizeof(T));
+  }
+
+ private:
+  size_t offset_;
+};
+
+void check_aligned(const void* p, size_t bytes);
+
+}  // namespace simt

@@ -1,0 +1,123 @@
+"""Plants bugs: copies the device code with a switch at every barrier, predicate and loop bound.
+
+    python mutate.py SOURCE TARGET      (csrc, a folder of the build)
+
+Each place becomes a mutation point with a number, which the emulator's `planted` turns on at run time:
+
+    __syncthreads();      ->  if (!simt::mutant(N)) __syncthreads();        the barrier is missing
+    if (a < b)            ->  if (simt::mutant(N) || (a < b))               the predicate is missing
+    x = a < b ? y : z     ->  x = simt::mutant(N) || (a < b) ? y : z        likewise
+    for (...; a < b; ...) ->  for (...; a < b + simt::mutant(N); ...)       one turn too many
+
+So one build serves all of them. With no point planted the program is the one that was copied.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# Device code; host code (launchers, plans) has no threads to lose.
+FILES = ("device/philox.h", "device/reduce.h", "device/vector.h", "norm_backward.cuh", "norm_forward.cuh",
+         "norm_rows.cuh")  # fmt: skip
+
+# Places that may go without changing a result, and why.
+EQUIVALENT = {
+    ("norm_backward.cuh", "first_row < end"): "a last turn in which no thread has a row",
+    ("norm_backward.cuh", "p.grad_new_residual.data != nullptr"): "saves registers: the row of an absent tensor is nullptr",
+    ("norm_rows.cuh", "left < kLanes<T>"): "keeps the count an int for rows of more than 2^31 elements",
+    ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
+}
+
+BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+IF = re.compile(r"\bif \(")
+FOR = re.compile(r"\bfor \(")
+TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?]|\([^()]*\)|[<>=!]=)+) \? ")
+
+
+@dataclass(frozen=True)
+class Point:
+    number: int
+    file: str
+    line: int
+    kind: str  # "barrier", "predicate" or "bound"
+    text: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.number}-{self.file}:{self.line}-{self.kind}-{self.text}"
+
+    @property
+    def equivalent(self) -> str | None:
+        """Why this mutant changes no result; None for one that a test has to catch."""
+        return EQUIVALENT.get((self.file, self.text))
+
+
+def closing(text: str, start: int) -> int:
+    """The index of the parenthesis that closes the one before `start`."""
+    depth = 1
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced: {text}")
+
+
+def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
+    """The file with its mutation points, numbered from `first`."""
+    edits: list[tuple[int, int, str]] = []  # begin, end, replacement
+    points: list[Point] = []
+
+    def plant(begin: int, end: int, kind: str, what: str, replacement: str) -> None:
+        number = first + len(points)
+        points.append(Point(number, file, text.count("\n", 0, begin) + 1, kind, what))
+        edits.append((begin, end, replacement.replace("#", f"simt::mutant({number})")))
+
+    code = re.sub(r"//[^\n]*", lambda m: " " * len(m[0]), text)  # comments keep their length and lose their words
+    for match in BARRIER.finditer(code):
+        plant(match.start(), match.end(), "barrier", match[0], f"if (!#) {match[0]}")
+    for match in IF.finditer(code):
+        end = closing(code, match.end())
+        condition = text[match.end() : end]
+        plant(match.end(), end, "predicate", condition, f"# || ({condition})")
+    for match in TERNARY.finditer(code):
+        plant(*match.span(1), "predicate", match[1], f"# || ({match[1]})")
+    for match in FOR.finditer(code):
+        condition = code[match.end() : closing(code, match.end())].split(";")[1]
+        bound = re.fullmatch(r"( \w+) ([<>]) (.+)", condition)
+        if bound is None:
+            raise ValueError(f"{file}: a loop's condition must be one comparison, not{condition}")
+        begin = code.index(condition, match.end())
+        sign = "+" if bound[2] == "<" else "-"
+        plant(begin, begin + len(condition), "bound", condition.strip(),
+              f"{bound[1]} {bound[2]} {bound[3]} {sign} int(#)")  # fmt: skip
+    for begin, end, replacement in sorted(edits, reverse=True):
+        text = text[:begin] + replacement + text[end:]
+    return text, points
+
+
+def points(source: Path) -> list[Point]:
+    """All mutation points of csrc, in the order of their numbers."""
+    found: list[Point] = []
+    for file in FILES:
+        found += instrument(file, (source / "cuda" / file).read_text(), len(found))[1]
+    return found
+
+
+def main() -> None:
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    shutil.rmtree(target, ignore_errors=True)
+    # Fresh times, so that the build sees new files.
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("cpu"), copy_function=shutil.copyfile)
+    number = 0
+    for file in FILES:
+        text, found = instrument(file, (source / "cuda" / file).read_text(), number)
+        (target / "cuda" / file).write_text(text)
+        number += len(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+// The emulator's interface. CUDA sources, unchanged, are compiled by g++ against include/, whose headers turn CUDA's
+// names into calls of these functions; simt.cpp runs a launch with every CUDA thread as a fiber of one host thread.
+//
+//   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h, and device/intrinsics.h in place of the kernels' own
+//   fiber.*       a stack and a switch
+//   simt.cpp      blocks, schedules, barriers, warp collectives
+//   memory.*      shared memory that remembers who touched it; accesses to global memory, counted and checked
+//
+// A kernel that does what CUDA forbids stops the launch, which returns an error whose text says what and where.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr size_t kMostThreads = 1024;      // of a block
+constexpr size_t kMostShared = 227 << 10;  // bytes of a block, once asked for
+constexpr size_t kSharedWithoutAsking = 48 << 10;
+
+struct Index {
+  unsigned x, y, z;
+};
+
+// What a kernel can ask about the thread it is.
+struct Thread {
+  Index thread, block, block_size, grid_size;
+  int lane;    // in its warp
+  int number;  // in its block
+};
+
+// Of the running fiber. __thread, not thread_local: no wrapper function, which sanitizers would instrument.
+extern __thread Thread* current;
+
+// ---- launching ---------------------------------------------------------------------------------------------------
+
+// The order in which threads that can go on do: any (by seed), the lowest first, the highest first, or a warp for as
+// long as it can.
+enum class Schedule { random, forward, backward, warp_greedy };
+
+struct Config {
+  Schedule schedule = Schedule::forward;
+  uint64_t seed = 0;
+};
+extern Config config;
+
+// What launches did since the last reset.
+struct Counts {
+  uint64_t launches, blocks, threads, switches;
+  uint64_t bytes_loaded, bytes_stored;       // global memory
+  uint64_t shared_accesses, bank_conflicts;  // of warps; cycles beyond the first that they took
+  uint64_t most_shared_bytes;                // of a block
+};
+extern Counts counts;
+
+struct Launch {
+  Index grid, block;
+  size_t shared_bytes;
+  bool cooperative;  // all blocks are there at once, and grid_barrier() is allowed
+};
+
+// Runs body once for every thread. Returns a cudaError_t; last_error() has the words.
+int launch(const Launch& what, const std::function<void()>& body);
+int refuse(const std::string& why);  // the error of a launch that cannot be
+const std::string& last_error();
+
+// ---- called by fibers --------------------------------------------------------------------------------------------
+
+[[noreturn]] void fail(const std::string& what);  // ends the launch
+void block_barrier();
+void grid_barrier();
+
+// The lanes of `mask` meet; each brings a value. The last to come runs `combine(values, mask)` for all, where
+// values[lane] is what that lane brought; it may write through them.
+using Combine = void (*)(void** values, unsigned mask);
+void warp_meet(const char* name, unsigned mask, void* value, Combine combine);
+inline const char* const kSyncWarp = "__syncwarp";  // the one meeting that orders memory
+
+// ---- mutations ---------------------------------------------------------------------------------------------------
+
+// In a library built from sources with mutation points (mutate.py): whether point `number` is the planted bug.
+extern int planted;
+inline bool mutant(int number) { return number == planted; }
+
+}  // namespace simt

@@ -1,0 +1,139 @@
+// Kernels that do one thing each, right or wrong, for the tests of the emulator itself (test_simt.py).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <device/intrinsics.h>
+
+namespace {
+
+using handtuned::cuda::load_global;
+using handtuned::cuda::shared;
+using handtuned::cuda::store_global;
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// out[t] = in[threads - 1 - t], through shared memory.
+void reverse(const float* in, float* out) {
+  const auto words = shared<float>(0);
+  words[threadIdx.x] = load_global(in + threadIdx.x);
+  __syncthreads();
+  store_global(out + threadIdx.x, float(words[blockDim.x - 1 - threadIdx.x]));
+}
+
+void reverse_without_barrier(const float* in, float* out) {
+  const auto words = shared<float>(0);
+  words[threadIdx.x] = load_global(in + threadIdx.x);
+  store_global(out + threadIdx.x, float(words[blockDim.x - 1 - threadIdx.x]));
+}
+
+// Each warp for itself: __syncwarp is enough.
+void reverse_in_warps(const float* in, float* out) {
+  const auto words = shared<float>(0);
+  const unsigned warp = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+  words[threadIdx.x] = load_global(in + threadIdx.x);
+  __syncwarp();
+  store_global(out + threadIdx.x, float(words[warp + 31 - lane]));
+}
+
+void all_write_one_word(const float* in, float*) { shared<float>(0)[0] = load_global(in); }
+
+// Nobody wrote: NaN.
+void read_unwritten(const float*, float* out) { store_global(out + threadIdx.x, float(shared<float>(0)[threadIdx.x])); }
+
+void beyond_shared(const float* in, float*) { shared<float>(0)[blockDim.x + threadIdx.x] = load_global(in); }
+
+void misaligned(const float* in, float* out) {
+  const uint4 four = load_global(reinterpret_cast<const uint4*>(in + 1));
+  store_global(out + threadIdx.x, __uint_as_float(four.x));
+}
+
+void half_at_the_barrier(const float*, float* out) {
+  if (threadIdx.x < 32) __shfl_sync(kAll, 1.0f, 0);
+  if (threadIdx.x == 40) __shfl_sync(kAll, 1.0f, 0);  // alone in its warp
+  store_global(out + threadIdx.x, 1.0f);
+}
+
+void diverged(const float*, float* out) {
+  const float value = threadIdx.x % 2 ? __shfl_sync(kAll, 1.0f, 0) : float(__ballot_sync(kAll, 1));
+  store_global(out + threadIdx.x, value);
+}
+
+void outside_the_mask(const float*, float* out) { store_global(out + threadIdx.x, __shfl_sync(1u, 1.0f, 0)); }
+
+void lane_that_is_missing(const float*, float* out) {
+  if (threadIdx.x < 4) store_global(out + threadIdx.x, __shfl_sync(0xfu, 1.0f, 9));
+}
+
+// 32 lanes, `stride` words apart.
+template <int stride>
+void strided_words(const float*, float*) {
+  shared<float>(0)[threadIdx.x % 32 * stride] = 1.0f;
+}
+
+void shuffles(const float* in, float* out) {
+  const float v = load_global(in + threadIdx.x);
+  float* o = out + 5 * threadIdx.x;
+  store_global(o, __shfl_xor_sync(kAll, v, 5));
+  store_global(o + 1, __shfl_up_sync(kAll, v, 3));
+  store_global(o + 2, __shfl_down_sync(kAll, v, 3));
+  store_global(o + 3, __shfl_sync(kAll, v, 6, 8));
+  store_global(o + 4, float(__ballot_sync(kAll, v > 7.5f) & 0xffffu));
+}
+
+// A sum over blocks that needs every block to be there: out[b] = sum of in over the grid.
+void through_the_grid(const float* in, float* out) {
+  float* partial = out + gridDim.x;
+  if (threadIdx.x == 0) store_global(partial + blockIdx.x, load_global(in + blockIdx.x));
+  simt::grid_barrier();
+  float sum = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) sum += load_global(partial + b);
+  if (threadIdx.x == 0) store_global(out + blockIdx.x, sum);
+}
+
+struct Unit {
+  const char* name;
+  void (*kernel)(const float*, float*);
+};
+const Unit units[] = {
+    {"reverse", reverse},
+    {"reverse_without_barrier", reverse_without_barrier},
+    {"reverse_in_warps", reverse_in_warps},
+    {"all_write_one_word", all_write_one_word},
+    {"read_unwritten", read_unwritten},
+    {"beyond_shared", beyond_shared},
+    {"misaligned", misaligned},
+    {"half_at_the_barrier", half_at_the_barrier},
+    {"diverged", diverged},
+    {"outside_the_mask", outside_the_mask},
+    {"lane_that_is_missing", lane_that_is_missing},
+    {"strided_words_1", strided_words<1>},
+    {"strided_words_2", strided_words<2>},
+    {"strided_words_32", strided_words<32>},
+    {"strided_words_33", strided_words<33>},
+    {"shuffles", shuffles},
+    {"through_the_grid", through_the_grid},
+};
+
+}  // namespace
+
+extern "C" {
+
+// Launches the kernel of that name; the status, or -1 for a name that is none.
+int simt_unit(const char* name, int blocks, int threads, int shared_bytes, int cooperative, const float* in,
+              float* out) {
+  for (const Unit& unit : units) {
+    if (std::string(unit.name) != name) continue;
+    cudaLaunchAttribute attribute = {cudaLaunchAttributeCooperative, {cooperative}};
+    cudaLaunchConfig_t config = {dim3(blocks), dim3(threads), size_t(shared_bytes), nullptr, &attribute, 1};
+    return cudaLaunchKernelEx(&config, unit.kernel, in, out);
+  }
+  return -1;
+}
+
+const char* simt_error() { return simt::last_error().c_str(); }
+
+unsigned short simt_float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+float simt_half_to_float(unsigned short bits) { return __half2float(__ushort_as_half(bits)); }
+unsigned short simt_float_to_bfloat(float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+}

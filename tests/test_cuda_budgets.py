@@ -1,0 +1,179 @@
+"""What nvcc makes of the CUDA kernels, for each architecture: registers, spills, occupancy, instruction mix.
+
+A budget is committed in cuda_budgets.json; a kernel that takes more fails. After a wanted change:
+HANDTUNED_WRITE_BUDGETS=1 pytest tests/test_cuda_budgets.py, and read the difference.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cases
+import pytest
+import simt_tools
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+BUDGETS = Path(__file__).parent / "cuda_budgets.json"
+ARCHITECTURES = (80, 90, 100)
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    return shutil.which("nvcc") or next((p for h in homes if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
+
+
+NVCC = find_nvcc()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: registers and instructions are what it decides")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    registers: int  # of a thread
+    stack: int  # bytes; where spilled registers go
+    spills: int  # bytes stored and loaded
+    mix: collections.Counter[str]
+
+
+def demangled(names: list[str]) -> list[str]:
+    """norm_forward_kernel<float, true> for each."""
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"^void |handtuned::(cuda::)?|\(.*$", "", line) for line in done.stdout.splitlines()]
+
+
+def compiled(architecture: int, folder: Path) -> dict[str, Kernel]:
+    cubin = folder / f"{architecture}.cubin"
+    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-I", ROOT / "csrc/cuda", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run(
+        [*map(str, command), str(ROOT / "csrc/cuda/norm.cu"), "-o", str(cubin)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = re.compile(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        re.DOTALL,
+    )
+    found = report.findall(done.stderr)
+    mixes = mixes_of(cubin)
+    return {
+        name: Kernel(int(registers), int(stack), int(stores) + int(loads), mixes.get(raw, collections.Counter()))
+        for name, (raw, stack, stores, loads, registers) in zip(demangled([f[0] for f in found]), found, strict=True)
+    }
+
+
+def mixes_of(cubin: Path) -> dict[str, collections.Counter[str]]:
+    """Kernel -> opcodes of its SASS; empty without the disassembler, which Triton's wheel brings along."""
+    try:
+        import triton_tools
+
+        sass = triton_tools.nvidia_tool("nvdisasm", "-c", str(cubin))
+    except (ImportError, OSError):
+        return {}
+    mixes: dict[str, collections.Counter[str]] = {}
+    for line in sass.splitlines():
+        if start := re.match(r"\.text\.(\w+):", line):
+            mix = mixes.setdefault(start[1], collections.Counter())
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
+            mix[found[2]] += (found[1] or "").strip() != "@!PT"  # never executed
+    return mixes
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Kernel]]:
+    folder = tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(lambda a: compiled(a, folder), ARCHITECTURES), strict=True))
+
+
+# ---- occupancy, by the formula of the CUDA programming guide ---------------------------------------------------------
+
+SHARED_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # bytes
+REGISTERS_OF_SM, WARPS_OF_SM, BLOCKS_OF_SM = 65536, 64, 32
+
+
+def occupancy(architecture: int, threads: int, registers: int, shared: int) -> int:
+    """Warps that a multiprocessor holds at once, of 64."""
+    warps = -(-threads // 32)
+    of_warp = -(-registers * 32 // 256) * 256  # handed out by 256
+    by_registers = REGISTERS_OF_SM // of_warp // 4 * 4 // warps  # in four parts
+    by_shared = SHARED_OF_SM[architecture] // (-(-(shared + 1024) // 128) * 128)  # a block's own 1 KiB on top
+    return min(BLOCKS_OF_SM, WARPS_OF_SM // warps, by_registers, by_shared) * warps
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+LAUNCHES = [(cols, dtype) for cols in (768, 1024, 4096, 8192) for dtype in (torch.bfloat16, torch.float32)]
+TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
+
+
+def launched(cols: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Kernel -> (threads of a block, bytes of shared memory), as the launchers choose them."""
+    case = cases.FORMS[0].with_(shape=(1, cols), dtype=dtype)
+    t = cases.tensors(case)
+    import handtuned
+
+    with simt_tools.emulated() as emulator:
+        _, stats = handtuned.ops.layer_norm(t.input, 1, t.weight, t.bias, 1e-5)
+        forward = emulator.counts
+        emulator.reset()
+        handtuned.ops.layer_norm_backward(t.grad_output, t.input, 1, stats, t.weight, True, False, False)
+        threads = emulator.counts.threads // emulator.counts.blocks
+        handtuned.ops.layer_norm_backward(t.grad_output, t.input, 1, stats, t.weight, True, True, True)
+        backward = emulator.counts
+    return {
+        f"norm_forward_kernel<{TYPES[dtype]}, true>": (forward.threads // forward.blocks, forward.most_shared_bytes),
+        f"norm_backward_rows_kernel<{TYPES[dtype]}, true>": (threads, backward.most_shared_bytes),
+    }
+
+
+def test_no_spills(cubins: dict[int, dict[str, Kernel]]) -> None:
+    for architecture, found in cubins.items():
+        assert len(found) == 24, sorted(found)
+        spilling = {name: k for name, k in found.items() if k.spills or k.stack}
+        assert not spilling, f"sm_{architecture}: {spilling}"
+
+
+def test_registers_and_occupancy_stay_within_budget(cubins: dict[int, dict[str, Kernel]]) -> None:
+    """Registers by the 8 in which hardware hands them out; warps of a multiprocessor for common widths."""
+    registers = {
+        name: {f"sm{a}": -(-cubins[a][name].registers // 8) * 8 for a in ARCHITECTURES} for name in sorted(cubins[80])
+    }
+    warps = {
+        f"{name} {cols}": {f"sm{a}": occupancy(a, threads, cubins[a][name].registers, shared) for a in ARCHITECTURES}
+        for cols, dtype in LAUNCHES
+        for name, (threads, shared) in launched(cols, dtype).items()
+    }
+    found = {"registers": registers, "warps": warps}
+    if os.environ.get("HANDTUNED_WRITE_BUDGETS") == "1":
+        BUDGETS.write_text(json.dumps(found, indent=1) + "\n")
+    budget = json.loads(BUDGETS.read_text())
+    for part, sign in (("registers", 1), ("warps", -1)):
+        assert found[part].keys() == budget[part].keys()
+        for name, used in found[part].items():
+            beyond = {a: n for a, n in used.items() if sign * n > sign * budget[part][name][a]}
+            assert not beyond, f"{name}: {part} {used}, budget {budget[part][name]}"
+
+
+def test_instruction_mix(cubins: dict[int, dict[str, Kernel]]) -> None:
+    """Rows move by 16 bytes; nothing goes through local memory; nothing is added atomically."""
+    for architecture, found in cubins.items():
+        for name, kernel in found.items():
+            if not kernel.mix:
+                pytest.skip("no disassembler: it comes with triton")
+            for opcode in kernel.mix:
+                assert not opcode.startswith(("LDL", "STL", "ATOM", "RED.")), f"sm_{architecture} {name}: {opcode}"
+            if "partials" not in name:
+                assert any(o.startswith("LDG.E.128") for o in kernel.mix), f"sm_{architecture} {name}"
+            if "rows" in name or "forward" in name:
+                assert any(o.startswith("STG.E.128") for o in kernel.mix), f"sm_{architecture} {name}"

@@ -1,0 +1,138 @@
+"""The CUDA emulator itself, on kernels that do one thing each (simt/unit.cpp): what it computes, and that each thing that
+CUDA forbids is reported whatever the schedule."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import simt_tools
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(params=[*simt_tools.SCHEDULES])
+def emulator(request: pytest.FixtureRequest) -> Iterator[simt_tools.Emulator]:
+    with simt_tools.emulated(request.param, seed=4) as found:
+        found.library.simt_unit.argtypes = (
+            ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p,
+        )  # fmt: skip
+        found.library.simt_error.restype = ctypes.c_char_p
+        yield found
+
+
+def launch(
+    emulator: simt_tools.Emulator, name: str, threads: int = 64, *, blocks: int = 1, shared: int = 0, grid: bool = False
+) -> tuple[Tensor, str]:
+    """(out, what the emulator reports), with in = 0, 1, 2 ..."""
+    values, out = torch.arange(1024.0), torch.zeros(1024)
+    emulator.reset()
+    status = emulator.library.simt_unit(
+        name.encode(), blocks, threads, shared or 4 * threads, grid, values.data_ptr(), out.data_ptr()
+    )
+    report = emulator.library.simt_error().decode()
+    assert status != -1, f"no kernel of the name {name}"
+    assert (status == 0) == (report == ""), report
+    return out, report
+
+
+# ---- what is right ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 31, 32, 100, 1024])
+def test_a_barrier_orders_shared_memory(emulator: simt_tools.Emulator, threads: int) -> None:
+    out, report = launch(emulator, "reverse", threads)
+    assert not report
+    assert out[:threads].tolist() == list(range(threads - 1, -1, -1))
+
+
+def test_a_warp_barrier_orders_its_warp(emulator: simt_tools.Emulator) -> None:
+    out, report = launch(emulator, "reverse_in_warps", 64)
+    assert not report
+    assert out[:64].tolist() == [*range(31, -1, -1), *range(63, 31, -1)]
+
+
+def test_shuffles_and_ballot(emulator: simt_tools.Emulator) -> None:
+    """As the programming guide defines them: a lane that would read beyond its segment keeps its own value."""
+    out, report = launch(emulator, "shuffles", 32)
+    assert not report
+    for lane, found in enumerate(out[:160].reshape(32, 5).tolist()):
+        up, down = max(lane - 3, lane if lane < 3 else 0), lane + 3 if lane + 3 < 32 else lane
+        assert found == [lane ^ 5, up, down, lane // 8 * 8 + 6, 0xFF00]
+
+
+def test_a_grid_barrier_orders_global_memory(emulator: simt_tools.Emulator) -> None:
+    out, report = launch(emulator, "through_the_grid", 33, blocks=5, grid=True)
+    assert not report
+    assert out[:5].tolist() == [10.0] * 5
+
+
+def test_shared_memory_starts_as_nan(emulator: simt_tools.Emulator) -> None:
+    out, report = launch(emulator, "read_unwritten", 64)
+    assert not report
+    assert out[:64].isnan().all()
+
+
+@pytest.mark.parametrize(("stride", "conflicts"), [(1, 0), (2, 1), (32, 31), (33, 0)])
+def test_bank_conflicts(emulator: simt_tools.Emulator, stride: int, conflicts: int) -> None:
+    """32 banks of 4 bytes: a stride of 2 words takes 2 cycles, of 32 words 32."""
+    assert not launch(emulator, f"strided_words_{stride}", 32, shared=8192)[1]
+    assert emulator.counts.shared_accesses == 1
+    assert emulator.counts.bank_conflicts == conflicts
+
+
+def test_conversions_are_torchs() -> None:
+    with simt_tools.emulated() as emulator:
+        library = emulator.library
+    library.simt_half_to_float.restype = ctypes.c_float
+    for name in ("simt_float_to_half", "simt_float_to_bfloat"):
+        function = getattr(library, name)
+        function.restype, function.argtypes = ctypes.c_ushort, (ctypes.c_float,)
+    halves = torch.arange(0, 65536, 7, dtype=torch.int32)
+    for bits, value in zip(halves.tolist(), halves.to(torch.uint16).view(torch.float16).float().tolist(), strict=True):
+        found = library.simt_half_to_float(bits)
+        assert found == value or (found != found and value != value), bits
+    scales = torch.tensor([1.0, 1e-3, 3e-5, 6e-8, 1e3, 65503.0, 65519.0, 65521.0, 1e30])
+    values = torch.cat([torch.randn(200, 1).mul(scales).flatten(), torch.tensor([0.0, -0.0, float("inf"), 65520.0])])
+    for name, dtype in (("simt_float_to_half", torch.float16), ("simt_float_to_bfloat", torch.bfloat16)):
+        wanted = values.to(dtype).view(torch.int16).tolist()
+        assert [getattr(library, name)(v) for v in values.tolist()] == [w & 0xFFFF for w in wanted]
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("reverse_without_barrier", "race on shared memory"),
+        ("all_write_one_word", "race on shared memory at 0: written, and written by thread"),
+        ("beyond_shared", "write to shared memory at "),
+        ("misaligned", "an access of 16 bytes is misaligned"),
+        ("half_at_the_barrier", "deadlock: 1 threads wait for others that never come; block (0, 0, 0) thread 40 at"),
+        ("diverged", "lanes of one warp meet in"),
+        ("outside_the_mask", "the calling lane is not in the mask"),
+        ("lane_that_is_missing", "reads lane 9, which is not in the mask"),
+    ],
+)
+def test_what_cuda_forbids_is_reported(emulator: simt_tools.Emulator, name: str, words: str) -> None:
+    report = launch(emulator, name, 64)[1]
+    assert words in report
+
+
+def test_a_grid_barrier_needs_a_cooperative_launch(emulator: simt_tools.Emulator) -> None:
+    assert "a grid barrier in a launch that is not cooperative" in launch(emulator, "through_the_grid", blocks=2)[1]
+
+
+def test_launches_that_cannot_be(emulator: simt_tools.Emulator) -> None:
+    assert "1 blocks of 1025 threads" in launch(emulator, "reverse", 1025)[1]
+    assert "0 blocks of 64 threads" in launch(emulator, "reverse", blocks=0)[1]
+    assert "65536 bytes of shared memory were not asked for" in launch(emulator, "reverse", shared=64 << 10)[1]
+
+
+def test_a_launch_after_a_failed_one_is_sound(emulator: simt_tools.Emulator) -> None:
+    assert launch(emulator, "diverged")[1]
+    out, report = launch(emulator, "reverse", 64)
+    assert not report
+    assert out[0] == 63
