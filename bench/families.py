@@ -79,14 +79,16 @@ TRANSFORMER = Family(
 LINEAR = Family(
     "linear",
     "Linear benchmarks",
-    (("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    (("vs compile", "torch.compile"), ("vs torch int8", "torch int8")),
     "% of limit",
     _COMMON
     + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
     "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
     "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
     "with. Cross-entropy rows are rows x in x classes; torch keeps the logits for the backward, handtuned makes them "
-    "again, which is not counted as work. onnxruntime has no single node of it. Faults are page faults per call.",
+    "again, which is not counted as work. torch eager has the dequantised weight in int8 rows, torch int8 the same "
+    "int8 weight: _weight_int8pack_mm, or quantized.linear_dynamic where the input is quantised too. Faults are page "
+    "faults per call.",
 )
 RNN = Family(
     "rnn",

@@ -67,6 +67,7 @@ class Case:
     fast_path: bool = False  # torch's modules have one for it
     freeze: bool = False  # torch.compile may take the parameters for constants
     cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
+    int8: Function | str = "has no such op"  # torch's product with an int8 weight, or why not
     plain: Case | None = None  # of a variant: the same without it
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
@@ -181,6 +182,18 @@ class Cells:
         if isinstance(case.cells, str):
             raise Unavailable(case.cells)
         return case.bind(case.cells)
+
+
+class Int8:
+    """torch's operators with the same int8 weight, the input as it is or quantised as well."""
+
+    name = "torch int8"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.int8, str):
+            raise Unavailable(case.int8)
+        return case.bind(case.int8)
 
 
 class PlainLayer:
@@ -336,6 +349,7 @@ def _first_line(error: Exception) -> str:
 OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
+LINEAR_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), Int8())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
 TRANSFORMER_PEERS: tuple[Peer, ...] = (
     WithoutFastPath(),
