@@ -38,7 +38,17 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import (
+    RNN_OPS,
+    RnnArguments,
+    RnnCellArguments,
+    packed_bytes,
+    rnn,
+    rnn_backward,
+    rnn_cell,
+    rnn_inference,
+    rnn_pack,
+)
 from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
 OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **ROTARY_OPS, **RNN_OPS}
@@ -46,6 +56,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    ({"rnn_cell": rnn_cell}, RnnCellArguments),
     (CROSS_ENTROPY_OPS, CrossEntropyArguments),
     (ROTARY_OPS, RotaryArguments),
     (RNN_OPS, RnnArguments),
@@ -85,6 +96,8 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
     "rotary",
 ]
