@@ -96,16 +96,16 @@ def tensors(case: Case, draw: int = 0) -> Tensors:
 
 
 def run(case: Case, leaves: dict[str, Tensor], t: Tensors) -> Tensor:
-    options = {"reduction": case.reduction, "label_smoothing": case.smoothing}
-    capped: dict[str, Any] = {"softcap": case.softcap, "z_loss": case.z_loss}
     return H.linear_cross_entropy(
         leaves["input"],
         leaves["linear_weight"],
         t.target,
         linear_bias=leaves.get("linear_bias"),
         weight=t.weight,
-        **options,
-        **capped,
+        reduction=case.reduction,
+        label_smoothing=case.smoothing,
+        softcap=case.softcap,
+        z_loss=case.z_loss,
     )
 
 

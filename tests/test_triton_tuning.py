@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 import triton_tools
-
 from handtuned.triton_kernels import tuning
 
 
