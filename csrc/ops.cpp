@@ -145,6 +145,14 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       " int proj_size, int num_layers, bool bidirectional, float dropout_p, float[]? rates, Tensor? seed,"
       " bool need_saved, bool need_cells)"
       " -> (Tensor output, Tensor hn, Tensor cn, Tensor cells, Tensor saved)");
+  // The same where neither a gradient nor dropout is wanted; and one step of one layer, input [B, I], states [B, H]
+  m.def(
+      "rnn_inference(Tensor input, Tensor? lengths, Tensor? h0, Tensor? c0, Tensor packed, str mode, int hidden_size,"
+      " int proj_size, int num_layers, bool bidirectional)"
+      " -> (Tensor output, Tensor hn, Tensor cn)");
+  m.def(
+      "rnn_cell(Tensor input, Tensor? h0, Tensor? c0, Tensor packed, str mode, int hidden_size)"
+      " -> (Tensor hn, Tensor cn)");
   m.def(
       "rnn_backward(Tensor? grad_output, Tensor? grad_hn, Tensor? grad_cn, Tensor? grad_cells, Tensor input,"
       " Tensor? lengths, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor saved, str mode, bool bidirectional,"

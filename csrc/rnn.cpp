@@ -172,15 +172,24 @@ void check_like(const char* op, const char* name, const Tensor& tensor, Shape sh
            to_string(dtype), "; convert it with .to()");
 }
 
-// Contiguous data of an optional tensor [layers * directions, batch, width].
-const void* state_data(const char* op, const char* name, const Rnn& p, const OptionalTensor& given, int64_t width,
-                       ScalarType dtype, OptionalTensor& holder, const char* remedy) {
+// Contiguous data of an optional tensor of this shape.
+const void* state_data(const char* op, const char* name, Shape shape, const OptionalTensor& given, ScalarType dtype,
+                       OptionalTensor& holder, const char* remedy) {
   if (!given) return nullptr;
-  const int64_t shape[3] = {p.layers * p.directions, p.batch, width};
-  check_like(op, name, *given, Shape(shape, 3), dtype, remedy);
+  check_like(op, name, *given, shape, dtype, remedy);
   if (given->is_contiguous()) return given->data_ptr();
   holder = contiguous(*given);
   return holder->data_ptr();
+}
+// Of one [layers * directions, batch, width].
+const void* state_data(const char* op, const char* name, const Rnn& p, const OptionalTensor& given, int64_t width,
+                       ScalarType dtype, OptionalTensor& holder, const char* remedy) {
+  const int64_t shape[3] = {p.layers * p.directions, p.batch, width};
+  return state_data(op, name, Shape(shape, 3), given, dtype, holder, remedy);
+}
+
+void check_cell_state(const char* op, const Rnn& p, const std::string& mode, const OptionalTensor& c0) {
+  HT_CHECK(!c0 || has_cell_state(p.cell), op, "c0 is given but mode is ", mode, "; only the LSTM has a cell state");
 }
 
 // [steps, batch, width] or packed [rows, width], last stride 1: the tensor itself or one copy of it.
@@ -220,7 +229,7 @@ void take_input(const char* op, Rnn& p, Holders& h, const std::string& mode, con
   if (lengths) take_lengths(op, p, h, *lengths);
   const char* remedy = "one state for each layer and direction";
   p.h0 = state_data(op, "h0", p, h0, p.state, input.scalar_type(), h.h0, remedy);
-  HT_CHECK(!c0 || has_cell_state(p.cell), op, "c0 is given but mode is ", mode, "; only the LSTM has a cell state");
+  check_cell_state(op, p, mode, c0);
   p.c0 = state_data(op, "c0", p, c0, p.hidden, input.scalar_type(), h.c0, remedy);
 }
 
@@ -251,11 +260,73 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
   const RnnHeader header = header_of(p);
-  std::memset(packed.data_ptr(), 0, kRnnHeaderBytes);
+  // What fills up columns is 0, so that equal calls give equal bytes.
+  const bool fills_up = p.hidden % 64 || p.state % 64;
+  std::memset(packed.data_ptr(), 0, fills_up ? packed.numel() : kRnnHeaderBytes);
   std::memcpy(packed.data_ptr(), &header, sizeof header);
   p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
   kernels().rnn_pack(p);
   return packed;
+}
+
+void take_packed(const char* op, RnnForward& p, const Tensor& packed) {
+  check_device(op, "packed", packed);
+  const int64_t bytes = rnn_packed_bytes(p);
+  HT_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.numel() == bytes &&
+               packed.is_contiguous(),
+           op, "packed is ", to_string(packed.scalar_type()), " of shape ", to_string(packed.sizes()),
+           ", expected uint8 of shape [", bytes, "]; pass what rnn_pack made of this stack's weights");
+  const RnnHeader header = header_of(p);
+  HT_CHECK(std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
+           "packed was made for another layer or another instruction set than ", kernels().isa,
+           "; pass what rnn_pack makes of this stack's weights now");
+  p.packed_weights = packed.data_ptr();
+}
+
+// Sizes and inputs of a forward.
+void take_forward(const char* op, RnnForward& p, Holders& h, const Tensor& input, const OptionalTensor& lengths,
+                  const OptionalTensor& h0, const OptionalTensor& c0, const Tensor& packed, const std::string& mode,
+                  int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional) {
+  p.dtype = dtype_of(op, "input", input);
+  p.directions = 1 + bidirectional;
+  take_mode(op, p, mode);
+  take_sizes(op, p, hidden_size, proj_size, num_layers);
+  take_input(op, p, h, mode, input, lengths, h0, c0);
+  take_packed(op, p, packed);
+  p.input = operand(input, h.input);
+}
+
+// hn, and cn if there is a cell state, of these shapes.
+std::tuple<Tensor, Tensor> final_states(RnnForward& p, Shape h, Shape c, ScalarType dtype) {
+  Tensor hn = empty(h, dtype), cn = empty_if(has_cell_state(p.cell), c, dtype);
+  p.hn = hn.data_ptr(), p.cn = cn.data_ptr();
+  return {std::move(hn), std::move(cn)};
+}
+
+// Rows of saved that lengths leave over are 0, so that equal calls give equal results.
+void clear_rest_of_saved(const RnnForward& p) {
+  const int64_t used = p.first ? p.first[p.steps] : p.rows, rest = p.rows - used;
+  char* at = static_cast<char*>(p.saved);
+  auto next = [&](int64_t width) {
+    std::memset(at + used * width * rnn_wide_bytes(p), 0, rest * width * rnn_wide_bytes(p));
+    at += p.rows * width * rnn_wide_bytes(p);
+  };
+  for (int64_t l = 0; l < p.layers && at && rest; ++l) {
+    next(p.directions * p.state);
+    for (int64_t d = 0; d < p.directions; ++d) next(rnn_kept(p) * p.hidden);
+  }
+}
+
+// The scratch of a small step lies on the stack.
+void run(RnnForward& p) {
+  if (p.batch == 0) return;
+  constexpr int64_t kSmall = 16384;
+  alignas(64) char small[kSmall];
+  const int64_t bytes = rnn_scratch_bytes(p, p.saved);
+  OptionalTensor large;
+  if (bytes > kSmall) large = empty({bytes}, ScalarType::Byte);
+  p.scratch = large ? large->data_ptr() : small;
+  kernels().rnn_forward(p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, const OptionalTensor& lengths,
@@ -267,44 +338,64 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, cons
   const char* op = "rnn";
   RnnForward p{};
   Holders h;
-  p.dtype = dtype_of(op, "input", input);
-  p.directions = 1 + bidirectional;
-  take_mode(op, p, mode);
-  take_sizes(op, p, hidden_size, proj_size, num_layers);
-  take_input(op, p, h, mode, input, lengths, h0, c0);
-  check_device(op, "packed", packed);
-  const int64_t bytes = rnn_packed_bytes(p);
-  HT_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.numel() == bytes &&
-               packed.is_contiguous(),
-           op, "packed is ", to_string(packed.scalar_type()), " of shape ", to_string(packed.sizes()),
-           ", expected uint8 of shape [", bytes, "]; pass what rnn_pack made of this stack's weights");
-  const RnnHeader header = header_of(p);
-  HT_CHECK(std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
-           "packed was made for another layer or another instruction set than ", kernels().isa,
-           "; pass what rnn_pack makes of this stack's weights now");
+  take_forward(op, p, h, input, lengths, h0, c0, packed, mode, hidden_size, proj_size, num_layers, bidirectional);
   take_rates(op, p, mode, dropout_p, rates, seed);
-  const bool has_cells = has_cell_state(p.cell);
-  HT_CHECK(has_cells || !need_cells, op, "need_cells is given but mode is ", mode, "; only the LSTM has a cell state");
-
+  HT_CHECK(has_cell_state(p.cell) || !need_cells, op, "need_cells is given but mode is ", mode,
+           "; only the LSTM has a cell state");
   const ScalarType dtype = input.scalar_type();
   const int64_t cells = p.layers * p.directions, saved_numbers = need_saved ? p.layers * rnn_saved_of_layer(p) : 0;
-  Tensor output = mirror(input, p.directions * p.state), hn = empty({cells, p.batch, p.state}, dtype);
-  Tensor cn = has_cells ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
+  Tensor output = mirror(input, p.directions * p.state), saved = empty({saved_numbers}, wide(input));
   Tensor cell_states = need_cells ? mirror(input, p.directions * p.hidden) : empty({0}, dtype);
-  Tensor saved = empty({saved_numbers}, wide(input));
-  if (p.batch > 0) {
-    OptionalTensor unused;
-    const Tensor scratch = empty({rnn_scratch_bytes(p, need_saved)}, ScalarType::Byte);
-    p.input = operand(input, h.input);
-    p.output = operand(output, unused);
-    if (need_cells) p.cells = operand(cell_states, unused);
-    p.packed_weights = packed.data_ptr();
-    p.hn = hn.data_ptr(), p.cn = cn.data_ptr();
-    p.saved = saved_numbers ? saved.data_ptr() : nullptr;
-    p.scratch = scratch.data_ptr();
-    kernels().rnn_forward(p);
-  }
+  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, dtype);
+  OptionalTensor unused;
+  p.output = operand(output, unused);
+  if (need_cells) p.cells = operand(cell_states, unused);
+  p.saved = saved_numbers ? saved.data_ptr() : nullptr;
+  clear_rest_of_saved(p);
+  run(p);
   return {std::move(output), std::move(hn), std::move(cn), std::move(cell_states), std::move(saved)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> rnn_inference(const Tensor& input, const OptionalTensor& lengths,
+                                                 const OptionalTensor& h0, const OptionalTensor& c0,
+                                                 const Tensor& packed, const std::string& mode, int64_t hidden_size,
+                                                 int64_t proj_size, int64_t num_layers, bool bidirectional) {
+  RnnForward p{};
+  Holders h;
+  take_forward("rnn_inference", p, h, input, lengths, h0, c0, packed, mode, hidden_size, proj_size, num_layers,
+               bidirectional);
+  Tensor output = mirror(input, p.directions * p.state);
+  const int64_t cells = p.layers * p.directions;
+  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, input.scalar_type());
+  OptionalTensor unused;
+  p.output = operand(output, unused);
+  run(p);
+  return {std::move(output), std::move(hn), std::move(cn)};
+}
+
+std::tuple<Tensor, Tensor> rnn_cell(const Tensor& input, const OptionalTensor& h0, const OptionalTensor& c0,
+                                    const Tensor& packed, const std::string& mode, int64_t hidden_size) {
+  const char* op = "rnn_cell";
+  RnnForward p{};
+  Holders h;
+  p.dtype = dtype_of(op, "input", input);
+  p.directions = p.steps = 1;
+  take_mode(op, p, mode);
+  take_sizes(op, p, hidden_size, 0, 1);
+  const Shape s = input.sizes();
+  HT_CHECK(s.size() == 2, op, "input has shape ", to_string(s), ", expected [batch, width]; unsqueeze or reshape it");
+  p.batch = p.rows = s[0], p.input_size = s[1];
+  const int64_t sizes[2] = {p.batch, p.hidden};
+  const Shape state(sizes, 2);
+  const char* remedy = "the state of each row";
+  p.h0 = state_data(op, "h0", state, h0, input.scalar_type(), h.h0, remedy);
+  check_cell_state(op, p, mode, c0);
+  p.c0 = state_data(op, "c0", state, c0, input.scalar_type(), h.c0, remedy);
+  take_packed(op, p, packed);
+  p.input = operand(input, h.input);
+  auto states = final_states(p, state, state, input.scalar_type());
+  run(p);
+  return states;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
@@ -377,6 +468,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
 STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
   m.impl("rnn_pack", HT_BOX(rnn_pack));
   m.impl("rnn", HT_BOX(rnn));
+  m.impl("rnn_inference", HT_BOX(rnn_inference));
+  m.impl("rnn_cell", HT_BOX(rnn_cell));
   m.impl("rnn_backward", HT_BOX(rnn_backward));
 }
 

@@ -64,7 +64,7 @@ struct RnnPack : Rnn {
 };
 
 struct RnnForward : Rnn {
-  RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0)
+  RnnTensor input, output;  // output [steps, batch, directions * state], padding too is written (0); may be nullptr
   RnnTensor cells;          // like output, of the last layer's c after each step; data nullptr: not wanted
   const void* packed_weights;
   void *hn, *cn;  // like h0, c0; cn of the LSTM alone

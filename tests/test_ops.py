@@ -50,7 +50,7 @@ def test_names_and_schemas() -> None:
     wanted = {f"{op}{suffix}" for op in NORM_OPS for suffix in ("", "_backward")}
     assert wanted <= set(ops.NORM_OPS) <= wanted | {"layer_norm_inference", "rms_norm_inference"}
     assert set(ops.ATTENTION_OPS) == {"attention", "attention_backward"}
-    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_backward"}
+    assert set(ops.RNN_OPS) == {"rnn_pack", "rnn", "rnn_inference", "rnn_cell", "rnn_backward"}
     assert set(ops.LINEAR_OPS) == {"linear_pack", "linear", "linear_inference", "linear_backward"}
     assert set(ops.ROTARY_OPS) == {"rotary", "append_kv"}
     assert set(ops.CROSS_ENTROPY_OPS) == {"linear_cross_entropy", "linear_cross_entropy_backward"}
@@ -70,7 +70,12 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            first = {"rnn_pack": "packed", "linear_int8_pack": "packed", "linear_cross_entropy": "loss"}
+            first = {
+                "rnn_pack": "packed",
+                "linear_int8_pack": "packed",
+                "linear_cross_entropy": "loss",
+                "rnn_cell": "hn",
+            }
             assert results[0] == first.get(name, "output")
 
 

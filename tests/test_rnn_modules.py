@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+from test_norm_properties import assert_same_bits
 from torch import Tensor
 
 import handtuned
 from handtuned import nn
+from handtuned.nn import rnn_straight
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 
@@ -101,7 +104,49 @@ def test_changed_weights_are_noticed(change: Callable[[nn.LSTM], object]) -> Non
     change(module)
     fresh = torch.nn.LSTM(4, 6)
     fresh.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(module(x)[0], fresh(x)[0], rtol=1e-5, atol=1e-6)
+
+
+STRAIGHT: list[tuple[str, dict[str, Any]]] = [*KINDS, ("LSTM", {"batch_first": True, "num_layers": 2})]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), STRAIGHT, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain"
+)
+def test_the_straight_way_is_the_general_one(isa: str, kind: str, options: dict[str, Any]) -> None:
+    """The same bits, with states and without; what is unusual goes the general way and is told of there."""
+    module = getattr(nn, kind)(4, 6, **options)
+    cell = kind.endswith("Cell")
+    x = torch.randn(3, 4) if cell else torch.randn(1, 3, 4)
+    straight = functools.partial(rnn_straight.run_cell_straight if cell else rnn_straight.run_straight, module)
+    assert straight(x, None) is None  # nothing is packed yet
+    with torch.no_grad():
+        state = module(x) if cell else module(x)[1]
+    for hx in (None, state):
+        expected = module(x, hx)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = straight(x, hx)
+                assert found is not None
+                assert_same_bits(dict(enumerate(tensors_in(found))), dict(enumerate(tensors_in(expected))))
+    with torch.no_grad():
+        for unusual in (x.double(), x[..., :3], x[0]):
+            assert straight(unusual, None) is None
+        with torch.autocast("cpu", torch.bfloat16), handtuned.backend("reference"):
+            assert straight(x, None) is None
+        with handtuned.backend("reference"):
+            assert straight(x, None) is None
+        functional = torch.func.functional_call(module, {n: p * 2 for n, p in module.named_parameters()}, (x,))
+        assert not tensors_in(functional)[0].equal(tensors_in(expected)[0])
+        with pytest.raises(RuntimeError, match=f"handtuned.{kind}: input"):
+            module(x[..., :3])
+    assert straight(x, None) is None  # a gradient is wanted
+
+
+def tensors_in(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else [t for part in results for t in tensors_in(part)]
 
 
 def test_weights_are_packed_once() -> None:
@@ -110,7 +155,7 @@ def test_weights_are_packed_once() -> None:
         _, state = module(x)
         calls = handtuned.explain(module, x, state).calls
         again = handtuned.explain(module, x, state).calls
-    assert [c.op for c in calls] == [c.op for c in again] == ["rnn"]
+    assert [c.op for c in calls] == [c.op for c in again] == ["rnn_inference"]
     module.to(torch.bfloat16)
     assert [c.op for c in handtuned.explain(module, x.bfloat16()).calls] == ["rnn_pack", "rnn"]
 
@@ -176,6 +221,6 @@ def test_exported_as_one_node(kind: str) -> None:
     with torch.no_grad():
         program = torch.export.export(module, (torch.randn(3, 4, 3),), dynamic_shapes=({0: batch, 1: steps},))
         names = [str(node.target) for node in program.graph.nodes if "handtuned" in str(node.target)]
-        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn.default"]
+        assert names == ["handtuned.rnn_pack.default", "handtuned.rnn_inference.default"]
         x = torch.randn(5, 9, 3)
         torch.testing.assert_close(program.module()(x), module(x))

@@ -9,6 +9,8 @@
 //     tell the others, and wait for them before the next step
 // With a projection the ring carries what is to be projected, and a second half of the step does h = that * W_r.
 // The ring has two places: whoever writes one has seen that everybody is done with reading it.
+// Panels are taken from the first to the last and back in turns, from call to call where a sequence is of one step: of
+// weights that are larger than a cache, what was read last is still in it. A single step makes X panel by panel.
 #pragma once
 #include "rnn_team.h"
 
@@ -109,6 +111,7 @@ struct LayerForward {
   DirectionWeights<A, T> weights[2];
   int64_t steps;    // in which some row runs
   int64_t stretch;  // steps whose X is made ahead
+  bool turned;      // panels are taken from the last to the first in the first step
   O* ring;          // [direction][2][batch][state]: h of the last two steps
   O* m_ring;        // [direction][batch][hidden]: what is to be projected
   A* masks;         // [direction][batch][pitch] on h for W_h, nullptr: none
@@ -150,6 +153,7 @@ class ForwardTask {
     rows_ = arena_.template take<O>(stretch_rows() * round_up(y_.wx.in, 2));
     sums_ = arena_.template take<A>(most(p_.batch, kSumRows) * 4 * L);
     factor_ = arena_.template take<A>(round_up(y_.wx.in, kDropoutBlock));
+    h0_ = arena_.template take<O>(h0_numbers());
     row_ = arena_.template take<int64_t>(p_.batch);
     for (int i = 0; i < count_; ++i) {
       const int64_t panels = parts_[i].end - parts_[i].begin;
@@ -165,11 +169,10 @@ class ForwardTask {
   void run() {
     const Others others = others_of(team_.slices(), p_.directions, parts_, count_);
     for (int i = 0; i < count_; ++i) begin(parts_[i]);
-    team_.finish_phase();
     for (int64_t s = 0; s < y_.steps; ++s) {
-      if (s % y_.stretch == 0)
+      if (y_.steps > 1 && s % y_.stretch == 0)
         for (int i = 0; i < count_; ++i) project_input(parts_[i], s, least(s + y_.stretch, y_.steps));
-      team_.wait(others);
+      if (s > 0) team_.wait(others);
       for (int i = 0; i < count_; ++i) step(parts_[i], s);
       if (y_.projects()) {
         team_.finish_phase();
@@ -193,13 +196,15 @@ class ForwardTask {
   const PanelShape& state_shape() const { return y_.projects() ? y_.wr : y_.wh; }
   int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
   int64_t state_end(const Part& part) const { return y_.projects() ? part.r_end : part.end; }
+  int64_t h0_numbers() const { return p_.h0 ? p_.directions * p_.batch * round_up(p_.state, 2) : 0; }
 
   // Fills parts_; returns the bytes that they need.
   size_t find_parts() {
     const int64_t panels = panels_of<A>(y_.wh), r_panels = y_.projects() ? panels_of<A>(y_.wr) : 0;
     size_t bytes = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) +
                    Arena::bytes_of<A>(most(p_.batch, kSumRows) * 4 * L) +
-                   Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<int64_t>(p_.batch);
+                   Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<O>(h0_numbers()) +
+                   Arena::bytes_of<int64_t>(p_.batch);
     for (int i = 0; i < team_.count(); ++i) {
       Part found[2];
       const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
@@ -216,7 +221,8 @@ class ForwardTask {
     return bytes;
   }
 
-  // Initial states; final ones of rows without a step.
+  // Initial states, of h all (as operands: nobody waits for others before the first step); final ones of rows without a
+  // step. What fills up a pair of operands is 0.
   void begin(ForwardPart<A>& part) {
     const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
     for (int64_t place = 0; place < p_.batch; ++place) {
@@ -234,19 +240,34 @@ class ForwardTask {
       A* h = (y_.projects() ? part.r : part.h) + place * width;
       for (int64_t i = state_begin(part); i < state_end(part); ++i, h += p_.batch * width) {
         copy(p_.h0, p_.hn, h, i * width, width, p_.state);
-        put(y_.h_row(d, -1, place), h, i * width, width, p_.state, y_.mask(d, place));
       }
       A* c = part.c + place * units();
       for (int64_t i = part.begin; i < part.end && has_cell_state(p_.cell); ++i, c += p_.batch * units())
         copy(p_.c0, p_.cn, c, i * units(), units(), p_.hidden);
-      for (int64_t s = -1; s <= 0 && p_.state & 1; ++s) y_.h_row(d, s, place)[p_.state] = O{};  // reads as half a pair
+      O* h0 = h0_ + (d * p_.batch + place) * round_up(p_.state, 2);
+      if (p_.h0) copy_row<O, T>(h0, static_cast<const T*>(p_.h0) + at * p_.state, p_.state, y_.mask(d, place));
+      if (p_.h0 && p_.state & 1) h0[p_.state] = O{};
+      for (int64_t s = 0; s < 2 && p_.state & 1; ++s) y_.h_row(d, s, place)[p_.state] = O{};
       if (y_.projects() && p_.hidden & 1) y_.m_row(d, place)[p_.hidden] = O{};
     }
   }
 
   // X = W_x x + b_x for the steps [from, to), own panels.
   void project_input(ForwardPart<A>& part, int64_t from, int64_t to) {
-    const int64_t width = y_.wx.in, pitch = round_up(width, 2), d = part.direction;
+    const int64_t rows = take_input(part.direction, from, to);
+    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows);
+  }
+  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows) {
+    const Broadcast<E> x{reinterpret_cast<const E*>(rows_), round_up(y_.wx.in, 2) / kPack<E>, 1};
+    A* sums = part.x + own * stretch_rows() * columns_;
+    const A* bias = weights(part.direction).x_bias + (part.begin + own) * columns_;
+    for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, bias, columns_);
+    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums);
+  }
+
+  // The rows of input of these steps, as operands; returns how many.
+  int64_t take_input(int64_t d, int64_t from, int64_t to) {
+    const int64_t width = y_.wx.in, pitch = round_up(width, 2);
     O* out = rows_;
     for (int64_t s = from; s < to; ++s) {
       for (int64_t place = 0; place < active_at(p_, s); ++place, out += pitch) {
@@ -262,41 +283,45 @@ class ForwardTask {
                        p_.dropout.p > 0 ? factor_ : nullptr);
       }
     }
-    const int64_t rows = first_row(p_, to) - first_row(p_, from);
-    const Broadcast<E> x{reinterpret_cast<const E*>(rows_), pitch / kPack<E>, 1};
-    for (int64_t i = part.begin; i < part.end; ++i) {
-      A* sums = part.x + (i - part.begin) * stretch_rows() * columns_;
-      for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, weights(d).x_bias + i * columns_, columns_);
-      multiply(rows, x, weights(d).x, y_.wx, i, sums);
-    }
+    return first_row(p_, to) - first_row(p_, from);
   }
 
   // The gates of own panels at a step. Of few rows, several panels' together: they wait for results less that way.
   void step(ForwardPart<A>& part, int64_t s) {
-    const int64_t n = active_at(p_, s), d = part.direction, state = p_.batch * units();
-    const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch), together = most(1, kSumRows / n);
-    find_rows(d, s, n);
+    const int64_t n = active_at(p_, s), own = part.end - part.begin, together = most(1, kSumRows / n);
+    const int64_t groups = (own + together - 1) / together;
+    const bool back = (s + y_.turned) & 1;
+    find_rows(part.direction, s, n);
     draw_zoneout(part, s, n);
-    for (int64_t first = part.begin; first < part.end; first += together) {
-      const int64_t own = first - part.begin, panels = least(together, part.end - first), unit = first * units();
-      for (int64_t i = 0; i < panels; ++i) {
-        A* sums = sums_ + i * n * columns_;
-        for (int64_t r = 0; r < n; ++r)
-          fill_row(sums + r * columns_, weights(d).h_bias + (first + i) * columns_, columns_);
-        if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, first + i, sums);
+    if (y_.steps == 1) take_input(part.direction, 0, 1);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t first = (back ? groups - 1 - g : g) * together;
+      step(part, s, n, first, least(together, own - first), back);
+    }
+  }
+  // Of `panels` panels, the first one `own` panels after the part's first; their products from the last to the first if
+  // `back`.
+  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back) {
+    const int64_t d = part.direction, state = p_.batch * units(), unit = (part.begin + own) * units();
+    const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
+    for (int64_t j = 0; j < panels; ++j) {
+      const int64_t i = back ? panels - 1 - j : j, panel = part.begin + own + i;
+      A* sums = sums_ + i * n * columns_;
+      if (y_.steps == 1) multiply_input(part, own + i, n);
+      for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, weights(d).h_bias + panel * columns_, columns_);
+      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums);
+    }
+    A *h = part.h + own * state, *c = part.c + own * state;
+    const int64_t x_panel = stretch_rows() * columns_;
+    y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
+              y_.keep[d], row_, weights(d).peepholes, y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
+    for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
+      if (y_.projects()) {
+        for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
+      } else {
+        give_state(d, s, n, h, unit + i * units(), units());
       }
-      A *h = part.h + own * state, *c = part.c + own * state;
-      const int64_t x_panel = stretch_rows() * columns_;
-      y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
-                y_.keep[d], row_, weights(d).peepholes, y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
-      for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
-        if (y_.projects()) {
-          for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
-        } else {
-          give_state(d, s, n, h, unit + i * units(), units());
-        }
-        if (has_cell_state(p_.cell)) give_cell(d, s, n, c, unit + i * units());
-      }
+      if (has_cell_state(p_.cell)) give_cell(d, s, n, c, unit + i * units());
     }
   }
 
@@ -329,7 +354,9 @@ class ForwardTask {
   }
 
   Broadcast<E> state_operand(int64_t d, int64_t step) const {
-    return {reinterpret_cast<const E*>(y_.h_row(d, step, 0)), round_up(p_.state, 2) / kPack<E>, 1};
+    const int64_t pitch = round_up(p_.state, 2);
+    const O* rows = step < 0 ? h0_ + d * p_.batch * pitch : y_.h_row(d, step, 0);
+    return {reinterpret_cast<const E*>(rows), pitch / kPack<E>, 1};
   }
 
   void find_rows(int64_t d, int64_t s, int64_t n) {
@@ -350,7 +377,8 @@ class ForwardTask {
       put(y_.h_row(d, s, place), h, unit, width, p_.state, y_.mask(d, place));
       const int64_t time = time_of(p_, d, s, place);
       if (y_.output) put(y_.output + (row_[place] * p_.directions + d) * p_.state, h, unit, width, p_.state);
-      if (y_.last) put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
+      if (y_.last && p_.output.data)
+        put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
       if (s + 1 == length_of(p_, place))
         put(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, h, unit, width, p_.state);
     }
@@ -374,7 +402,7 @@ class ForwardTask {
   ForwardPart<A> parts_[2 * kMostSlices];
   Arena arena_;
   const int64_t columns_;  // of a panel
-  O* rows_;                // inputs of a stretch as operands
+  O *rows_, *h0_;          // inputs of a stretch, and initial states [direction][batch][state], as operands
   A *sums_, *factor_;
   int64_t* row_;  // of each place at the present step
 };
@@ -395,8 +423,10 @@ void rnn_forward_in(const RnnForward& p) {
 
   const char* packed = static_cast<const char*>(p.packed_weights) + kRnnHeaderBytes;
   const int64_t gates = gates_of(p.cell);
-  LayerForward<E, T> y{p,  0,       nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {},
-                       {}, p.steps, 1,       ring,    m_ring, nullptr};
+  static thread_local bool turned;
+  turned ^= p.steps == 1;
+  LayerForward<E, T> y{p,       0, nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {}, {},
+                       p.steps, 1, turned,  ring,    m_ring, nullptr};
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
   // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
   const int64_t rows = most(24, (int64_t(512) << 10) / int64_t(sizeof(A)) / (gates * p.hidden));
@@ -423,8 +453,8 @@ void rnn_forward_in(const RnnForward& p) {
       for (int d = 0; d < 2; ++d) y.keep[d] = rnn_kept(p) ? saved.keep[d] : nullptr;
     }
     y.masks = draw_state_masks(p, y.layer, masks);
-    const int slices = slices_for(p, width, p.directions * panels_of<A>(y.wh), thread_count(), 1);
-    run_slices(slices, flags, [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
+    const int slices = slices_for(p, width, p.directions * panels_of<A>(y.wh), thread_count());
+    run_slices(slices, y.steps > 1 || y.projects(), flags, [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
   }
   clear_padding<T>(p, p.output, p.directions * p.state);
   clear_padding<T>(p, p.cells, p.directions * p.hidden);

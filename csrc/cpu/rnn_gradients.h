@@ -355,7 +355,7 @@ void rnn_backward_in(const RnnBackward& p) {
     }
     y.masks = draw_state_masks(p, y.layer, numbers(at.masks));
     const int64_t panels = p.directions * ((p.hidden + 4 * kLanes<A> - 1) / (4 * kLanes<A>));
-    run_slices(slices_for(p, 0, panels, thread_count(), 1), flags,
+    run_slices(slices_for(p, 0, panels, thread_count()), true, flags,
                [&](Team& team) { BackwardTask<E, T>(y, team).run(); });
 
     const A* input = y.layer ? saved_layer<A>(p, p.saved, y.layer - 1).output : nullptr;

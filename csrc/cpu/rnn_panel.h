@@ -71,17 +71,21 @@ template <class E, class T>
 using Weight = std::conditional_t<std::is_same_v<E, pair>, pair, T>;
 
 // C[v] += sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; two chains of sums a vector, of
-// even and odd k, keep up with them.
+// even and odd k, keep up with them. Lines are asked for kAhead bytes before: a core's own look-ahead reads a cache
+// that is shared at four fifths of the speed.
 template <class E, int MV, class W>
 __attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c) {
   using A = Accumulate<E>;
-  constexpr int L = kLanes<A>, Step = MV * L;
+  constexpr int L = kLanes<A>, Step = MV * L, kAhead = 1024;
   vec<A> even[MV], odd[MV];
 #pragma GCC unroll 4
   for (int v = 0; v < MV; ++v) even[v] = odd[v] = vec<A>{};
   int64_t k = 0;
   for (; k + 2 <= depth; k += 2, panel += 2 * Step) {
     const vec<E> first = broadcast(b[k]), second = broadcast(b[k + 1]);
+#pragma GCC unroll 8
+    for (int at = 0; at < int(2 * Step * sizeof(W)); at += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kAhead + at);
 #pragma GCC unroll 4
     for (int v = 0; v < MV; ++v) {
       even[v] = multiply_add(first, load(panel + v * L), even[v]);

@@ -48,6 +48,10 @@ class Team {
  public:
   Team(Flag* flags, int slices) : flags_(flags), slices_(slices) {}
 
+  // Owns slice s if nobody else does.
+  void claim(int s) {
+    if (!__atomic_exchange_n(&flags_[s].claimed, 1, __ATOMIC_RELAXED)) mine_[count_++] = s;
+  }
   // Owns [begin, end) as far as nobody else does, and everything that is left once others have had time to come.
   void claim(int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) claim(int(s));
@@ -77,23 +81,23 @@ class Team {
       if (!__atomic_load_n(&flags_[s].claimed, __ATOMIC_RELAXED)) return false;
     return true;
   }
-  void claim(int s) {
-    if (!__atomic_exchange_n(&flags_[s].claimed, 1, __ATOMIC_RELAXED)) mine_[count_++] = s;
-  }
 
   Flag* flags_;
   int slices_, count_ = 0, mine_[kMostSlices];
   int64_t phase_ = 0;
 };
 
-// work(team) in as many tasks as come, each with the slices that it owns.
+// work(team) in as many tasks as come, each with the slices that it owns. Slices that do not meet are served one by
+// one, a task's own first (its cache has the weights of the last call), then those that nobody has begun.
 template <class Work>
-void run_slices(int slices, Flag* flags, Work work) {
+void run_slices(int slices, bool meet, Flag* flags, Work work) {
   for (int s = 0; s < slices; ++s) flags[s].phases = flags[s].claimed = 0;
   parallel_for(slices, 1, [&](int64_t begin, int64_t end) {
-    Team team(flags, slices);
-    team.claim(begin, end);
-    if (team.count()) work(team);
+    for (int i = 0; i < (meet ? 1 : slices); ++i) {
+      Team team(flags, slices);
+      meet ? team.claim(begin, end) : team.claim(int(begin + i) % slices);
+      if (team.count()) work(team);
+    }
   });
 }
 
@@ -119,13 +123,15 @@ inline int parts_of(int s, int slices, int64_t directions, int64_t panels, int64
 // ---- how many slices ----------------------------------------------------------------------------------------------
 
 // A layer takes  region + steps * (work / slices + meet * log2(slices))  microseconds; the count with the least of it.
+// A step's work is its multiplications, and reading the weights that it alone reads (W_x stays for a stretch of steps).
 // The constants are those of common machines, rounded: what matters is the order of magnitude at which a second thread
 // begins to pay.
-inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int threads, double passes) {
-  constexpr double kFlops = 5e4, kFlopsOfOne = 2.5e4;  // a microsecond; one row of a batch waits for its weights
-  constexpr double kRegion = 4, kMeet = 0.3;           // microseconds
-  const double numbers = double(gates_of(p.cell) * p.hidden) * double(input_size + p.state) * double(p.directions);
-  const double work = passes * 2 * numbers * double(p.batch) / (p.batch > 1 ? kFlops : kFlopsOfOne);
+inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int threads) {
+  constexpr double kFlops = 1e5, kBytes = 1e5;  // a microsecond
+  constexpr double kRegion = 4, kMeet = 0.3;    // microseconds
+  const double columns = double(gates_of(p.cell) * p.hidden * p.directions);
+  const double read = columns * double(p.state + (p.steps == 1 ? input_size : 0)) * double(bytes_of(p.dtype));
+  const double work = 2 * columns * double(input_size + p.state) * double(p.batch) / kFlops + read / kBytes;
   const int64_t most_slices = least(least(threads, panels), kMostSlices);
   int best = 1;
   double least_time = work * double(p.steps), meetings = 1;

@@ -214,12 +214,17 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
         given = (x, lengths, *states, packed, mode, hidden, proj, layers, two, p, rates, key)
         yield ops.rnn, (*given, False, False), {}
         yield ops.rnn, (*given, True, cells), {}
+        yield ops.rnn_inference, given[:-3], {}
         output, hn, cn, all_cells, saved = ops.rnn(*given, True, cells)
         grads = [draw(*t.shape, dtype=dtype) if cell.is_lstm else None for t in (cn, all_cells)]
         grads = [draw(*output.shape, dtype=dtype), None, grads[0], grads[1] if cells else None]
         kept = (x, lengths, *states, weights, saved, mode, two, bias, p, rates, key)
         yield ops.rnn_backward, (*grads, *kept, True, states[0] is not None, states[1] is not None, True), {}
         yield ops.rnn_backward, (None, draw(*hn.shape, dtype=dtype), None, None, *kept, False, False, False, True), {}
+        if not proj:
+            packed = ops.rnn_pack(weights[: cell.weights(bias, False)], mode, False, bias, 0.0, None)
+            first = (None if state is None else state[0] for state in states)
+            yield ops.rnn_cell, (draw(batch, width, dtype=dtype), *first, packed, mode, hidden), {}
 
 
 def _linear_samples(device: str) -> Iterator[Sample]:

@@ -1,6 +1,6 @@
 """handtuned compare: pretrained models on real inputs, with torch's modules and with their twins.
 
-    models.py   what is run; a new model is one function     sentences.py  what it is run on
+    models.py   what is run; a new model is one function     sentences.py, voice.py   what it is run on
     runner.py   one model's rows                             measure.py    errors, times, kernels
     result.py   what was found; the JSON schema              report.py, page.py   the table, the HTML page
     attention.py   a transformers model's attention, caught call by call

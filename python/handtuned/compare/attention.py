@@ -15,7 +15,6 @@ from .measure import Subject, map_floats
 
 THEIRS = "sdpa"
 CATCHING = "handtuned compare"  # the implementation of the model while its calls are caught
-BATCHES = (1, 8)  # besides the batch that is asked for: one sentence has no padding, a few have much
 
 
 @dataclass

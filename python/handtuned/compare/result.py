@@ -9,12 +9,13 @@ Its keys, and what they hold:
     rows          one per pass of a group of modules or of a whole model:
         model             the pretrained model's name
         name              module name, with * for the numbers in which the modules of a group differ; "attention,
-                          batch <n>"; "whole model, batch <n>": all of it; "generation, prefill": a prompt, "generation,
-                          decode": tokens one by one behind it
+                          batch <n>"; "whole model, batch <n>", "speaker encoder, batch <n>": all of one; "generation,
+                          prefill": a prompt, "generation, decode": tokens one by one behind it
         modules           the names of the modules measured; empty for a whole model
         kind              the replaced class; of attention, the class that calls it
         shape             of the first input: (batch, tokens, width); of attention: (batch, heads, tokens, width of a
-                          head); of a whole model: (batch, tokens)
+                          head); of a whole model: (batch, tokens), of the speaker encoder (batch, frames, mel
+                          channels)
         direction         "forward" or "forward+backward"
         error_torch, error_handtuned
                           max |result - float64 result| / max |float64 result|; the worst over modules and tensors. The

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor
 
 from ..integrations import transformers as integration
-from .attention import BATCHES, Attention
-from .measure import Side, Subject, catch_inputs, cosine_distance, interleave, kernels, relative_error
+from ..replace import Report, replace
+from .attention import Attention
+from .measure import (
+    Side,
+    Subject,
+    catch_inputs,
+    cosine_distance,
+    interleave,
+    kernels,
+    map_floats,
+    relative_error,
+)
 from .models import Model
 from .result import Cosine, Left, Row, Settings, title
 
@@ -40,12 +50,15 @@ class Runner:
 
     def __init__(self, model: Model, settings: Settings, seconds: float, progress: Progress) -> None:
         self.model, self.settings, self.seconds, self.progress = model, settings, seconds, progress
-        self.inputs = {batch: model.inputs(batch) for batch in {*BATCHES, settings.batch}}
-        self.module = model.module.to(DTYPES[settings.dtype])
+        dtype = DTYPES[settings.dtype]
+        batches = {*model.batches, settings.batch}
+        self.inputs = {batch: map_floats(lambda t: t.to(dtype), model.inputs(batch)) for batch in batches}
+        self.module = model.module.to(dtype)
         progress("catching the modules' inputs", 0.0)
-        self.report = integration.replace(self.module)
+        of_transformers = hasattr(self.module, "set_attn_implementation")
+        self.report: Report = integration.replace(self.module) if of_transformers else replace(self.module)
         self.report.undo()
-        self.attention = Attention(self.module)
+        self.attention = Attention(self.module) if of_transformers else None
         self.left = [Left(row.name, row.type, row.why) for row in self.report.left]
         groups = self._groups() | self._attention_groups()
         self.titles = [title(name, len(subjects)) for name, subjects in groups.items()]
@@ -68,7 +81,7 @@ class Runner:
                 steps.append(Step(stage, 1, partial(self._module_row, name, subjects, backward)))
         if self.settings.module is None:  # a round of the whole model takes long, so it gets more time
             for batch in sorted(self.inputs):
-                name = f"whole model, batch {batch}"
+                name = f"{self.model.whole}, batch {batch}"
                 steps.append(Step(name, 2 if batch == 1 else 6, partial(self._model_row, name, batch)))
         return steps
 
@@ -96,7 +109,9 @@ class Runner:
         }
 
     def _attention_groups(self) -> dict[str, list[Subject]]:
-        """The attention of all layers, for each batch."""
+        """The attention of all layers, for each batch; of transformers' models."""
+        if self.attention is None:
+            return {}
         return {f"attention, batch {b}": self.attention.catch(self._run(b)) for b in sorted(self.inputs)}
 
     def _chosen(self, name: str, group: list[Subject]) -> list[Subject]:
@@ -133,7 +148,8 @@ class Runner:
     def _model_row(self, name: str, batch: int, progress: Callable[[float], None], seconds: float) -> Row:
         run = self._run(batch)
         with torch.no_grad():
-            exact = self.model.result(copy.deepcopy(self.module).double(), self.inputs[batch])
+            doubled = map_floats(lambda t: t.double(), self.inputs[batch])
+            exact = self.model.result(copy.deepcopy(self.module).double(), doubled)
         theirs = run()
         self.report.redo()
         ours = run()

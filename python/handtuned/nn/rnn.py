@@ -17,6 +17,7 @@ from .functional.recurrent import Input, Result, run, run_cell
 from .functional.rnn import pack_rnn_weights
 from .functional.variants import OPTIONS, PLAIN, Variant, variant_of
 from .packing import KeepsPacked, kept
+from .rnn_straight import STACK, run_cell_straight, run_straight
 from .twins import twin
 
 
@@ -76,11 +77,15 @@ def _packed(module: _Recurrent, weights: list[Tensor], bias: bool, bidirectional
     if variant.weight_dropout > 0 and module.training:  # other weights in each call
         return None, None
     pack = lambda *ws: pack_rnn_weights(variant.mode(mode), ws, bias, bidirectional)  # noqa: E731
-    packed = kept(module, "all", weights, pack, in_training=True)
+    packed = kept(module, STACK, weights, pack, in_training=True)
     return packed, None if packed is None else module.drop_packed
 
 
 def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
+    if lengths is None:
+        found = run_straight(module, input, hx)
+        if found is not None:
+            return found
     module._update_flat_weights()
     weights = module._flat_weights
     packed, spent = _packed(module, weights, module.bias, module.bidirectional)
@@ -91,6 +96,9 @@ def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
 
 
 def _run_cell(module: Any, input: Tensor, hx: Any) -> Any:
+    found = run_cell_straight(module, input, hx)
+    if found is not None:
+        return found
     weights = [module.weight_ih, module.weight_hh]
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]

@@ -39,7 +39,17 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import RNN_OPS, RnnArguments, packed_bytes, rnn, rnn_backward, rnn_pack
+from .rnn import (
+    RNN_OPS,
+    RnnArguments,
+    RnnCellArguments,
+    packed_bytes,
+    rnn,
+    rnn_backward,
+    rnn_cell,
+    rnn_inference,
+    rnn_pack,
+)
 from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
 _LINEAR_OPS = {**LINEAR_OPS, **LINEAR_INT8_OPS, **CROSS_ENTROPY_OPS}
@@ -49,6 +59,7 @@ _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
     (LINEAR_INT8_OPS, LinearInt8Arguments),
+    ({"rnn_cell": rnn_cell}, RnnCellArguments),
     (CROSS_ENTROPY_OPS, CrossEntropyArguments),
     (ROTARY_OPS, RotaryArguments),
     (RNN_OPS, RnnArguments),
@@ -93,6 +104,8 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
     "rotary",
 ]

@@ -12,9 +12,11 @@ from .common import Arguments, by_name, namespace, register, wide_dtype
 
 rnn_pack = namespace.rnn_pack.default
 rnn = namespace.rnn.default
+rnn_inference = namespace.rnn_inference.default
+rnn_cell = namespace.rnn_cell.default
 rnn_backward = namespace.rnn_backward.default
 
-RNN_OPS = by_name(rnn_pack, rnn, rnn_backward)
+RNN_OPS = by_name(rnn_pack, rnn, rnn_inference, rnn_cell, rnn_backward)
 HEADER_BYTES = 64
 
 
@@ -157,7 +159,7 @@ class RnnArguments(Arguments):
         return (self.layers * self.directions, self.batch, width)
 
     def _check_input(self) -> None:
-        given, lengths, mode = self.main, self["lengths"], self["mode"]
+        given, lengths = self.main, self["lengths"]
         self.require(
             given.dim() == 3 or (given.dim() == 2 and lengths is not None),
             f"input has shape {list(given.shape)}, expected [steps, batch, width], or packed [rows, width] beside "
@@ -176,13 +178,17 @@ class RnnArguments(Arguments):
                 lengths.dim() == 1 and lengths.numel() == self.batch,
                 f"lengths has shape {list(lengths.shape)}, expected [{self.batch}]; pass one for each batch entry",
             )
+        self._check_states("one state for each layer and direction")
+
+    def _check_states(self, remedy: str) -> None:
+        mode = self["mode"]
         for name, width in (("h0", self.state), ("c0", self.hidden)):
             if self[name] is None:
                 continue
             self.require(
                 name == "h0" or self.cell.is_lstm, f"c0 is given but mode is {mode}; only the LSTM has a cell state"
             )
-            self._check_like(name, self._state_shape(width), given.dtype, "one state for each layer and direction")
+            self._check_like(name, self._state_shape(width), self.main.dtype, remedy)
 
     def _check_like(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, remedy: str) -> None:
         tensor = self[name]
@@ -254,15 +260,16 @@ class RnnArguments(Arguments):
         main = self.main
         if self.op == "rnn_pack":
             return main.new_empty(self._packed_bytes(), dtype=torch.uint8)
+        if self.op == "rnn_inference":
+            return _empty_like(main, self._output_shape(self.state)), *self._fake_states()
         if self.op == "rnn":
-            lstm, wide = self.cell.is_lstm, wide_dtype(main.dtype)
+            saved = self._saved_numbers() if self["need_saved"] else 0
             cells = self._output_shape(self.hidden)
             return (
                 _empty_like(main, self._output_shape(self.state)),
-                main.new_empty(self._state_shape(self.state)),
-                main.new_empty(self._state_shape(self.hidden) if lstm else 0),
+                *self._fake_states(),
                 _empty_like(main, cells) if self["need_cells"] else main.new_empty(0),
-                main.new_empty(self._saved_numbers() if self["need_saved"] else 0, dtype=wide),
+                main.new_empty(saved, dtype=wide_dtype(main.dtype)),
             )
         assert self.weights is not None
         wanted = (
@@ -274,6 +281,30 @@ class RnnArguments(Arguments):
             _empty_like(main, tuple(main.shape)) if self["need_input"] else main.new_empty(0),
             *(main.new_empty(shape if self[name] else 0) for name, shape in wanted),
         )
+
+    def _fake_states(self) -> tuple[Tensor, Tensor]:
+        cell = self._state_shape(self.hidden) if self.cell.is_lstm else 0
+        return self.main.new_empty(self._state_shape(self.state)), self.main.new_empty(cell)
+
+
+class RnnCellArguments(RnnArguments):
+    """One step of one layer: input [batch, width], states [batch, hidden]."""
+
+    def _take_sizes(self) -> None:
+        self.named |= {"proj_size": 0, "num_layers": 1}
+        super()._take_sizes()
+
+    def _check_input(self) -> None:
+        shape = list(self.main.shape)
+        self.require(len(shape) == 2, f"input has shape {shape}, expected [batch, width]; unsqueeze or reshape it")
+        self.inputs = shape[1]
+        self._check_states("the state of each row")
+
+    def _state_shape(self, width: int) -> tuple[int, ...]:
+        return (self.main.shape[0], width)
+
+    def fake(self) -> tuple[Tensor, ...]:
+        return self._fake_states()
 
 
 def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -292,4 +323,4 @@ def packed_bytes(weights: list[Tensor], mode: str, bidirectional: bool, bias: bo
 
 
 for _op in RNN_OPS.values():
-    register(_op, RnnArguments)
+    register(_op, RnnCellArguments if _op is rnn_cell else RnnArguments)

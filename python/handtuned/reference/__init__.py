@@ -18,7 +18,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
-from .rnn import recur, rnn, rnn_backward, rnn_pack
+from .rnn import recur, rnn, rnn_backward, rnn_cell, rnn_inference, rnn_pack
 from .rotary import append_kv, rotary
 
 __all__ = [
@@ -50,6 +50,8 @@ __all__ = [
     "rms_norm_inference",
     "rnn",
     "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
     "rnn_pack",
     "rotary",
 ]

@@ -340,6 +340,30 @@ def rnn(
     return result[0], result[1], result[2], cells if need_cells else input.new_empty(0), saved
 
 
+def rnn_inference(
+    input: Tensor,
+    lengths: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    packed: Tensor,
+    mode: str,
+    hidden_size: int,
+    proj_size: int,
+    num_layers: int,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes = (mode, hidden_size, proj_size, num_layers, bidirectional)
+    return rnn(input, lengths, h0, c0, packed, *sizes, 0.0, None, None, False, False)[:3]
+
+
+def rnn_cell(
+    input: Tensor, h0: Tensor | None, c0: Tensor | None, packed: Tensor, mode: str, hidden_size: int
+) -> tuple[Tensor, Tensor]:
+    h, c = (None if state is None else state[None] for state in (h0, c0))
+    _, hn, cn = rnn_inference(input[None], None, h, c, packed, mode, hidden_size, 0, 1, False)
+    return hn[0], cn[0] if CELLS[mode].is_lstm else cn
+
+
 def rnn_backward(
     grad_output: Tensor | None,
     grad_hn: Tensor | None,

@@ -115,6 +115,9 @@ def _recur(
             kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, need_cells, *weights
         )
         return found
+    if seed is None and rates is None and not need_cells:
+        output, hn, cn = kernels.rnn_inference(input, lengths, h0, c0, packed, *sizes[:-2])
+        return output, hn, cn, cn
     output, hn, cn, cells, _ = kernels.rnn(input, lengths, h0, c0, packed, *sizes, seed, False, need_cells)
     return output, hn, cn, cells
 
