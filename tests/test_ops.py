@@ -70,12 +70,8 @@ def test_names_and_schemas() -> None:
                 a.removeprefix("need_") for a in arguments if a.startswith("need_")
             ]
         else:
-            first = {
-                "rnn_pack": "packed",
-                "linear_int8_pack": "packed",
-                "linear_cross_entropy": "loss",
-                "rnn_cell": "hn",
-            }
+            packed = {"rnn_pack": "packed", "linear_int8_pack": "packed"}
+            first = packed | {"rnn_cell": "hn", "linear_cross_entropy": "loss"}
             assert results[0] == first.get(name, "output")
 
 
