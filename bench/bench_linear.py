@@ -3,11 +3,13 @@ cross-entropy of a language model's head, against torch's linear and cross_entro
 
 The weight is packed once in forward rows, as the module keeps it, and in every call in rows with the backward. Work is
 2 · rows · in · out operations forward and three times that with the backward; with one row the limit is the read
-bandwidth, of the bytes of the weight.
+bandwidth, of the bytes of the weight. In int8 rows the input lies on the grid that it is quantised to, so that all
+sides have the same float64 truth.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from torch import Tensor
 import handtuned.nn.functional as H
 
 from . import gate
-from .peers import Case, Function
+from .peers import LINEAR_PEERS, Case, Function
 from .room import Room, Target
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -40,6 +42,7 @@ class Op:
     name: str
     case: lc.Case
     backward: bool = False
+    int8: str = ""  # what is quantised: "weight" or "weight and input"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +64,9 @@ KINDS = ("fwd", "f+b")
 FEW = ((1, 768, 768), (1, 1024, 4096), (1, 4096, 4096), (4, 4096, 4096), (16, 1024, 4096))
 
 
+INT8 = ("weight", "weight and input")
+
+
 def _rows(dtype: torch.dtype) -> list[Op]:
     """Forward and backward of one case stand side by side: they share tensors and float64 truth."""
 
@@ -76,6 +82,7 @@ def _rows(dtype: torch.dtype) -> list[Op]:
         ]
     added = case(512, 3072, 768).with_(residual=True)
     found += [Op(f"linear, add {kind}", added, kind == "f+b") for kind in KINDS]
+    found += [Op(f"int8 {what} fwd", case(*size), int8=what) for what in INT8 for size in (*FEW[2:], MANY[1])]
     return [*found, Op("linear, dropout, add f+b", added.with_(dropout=0.1), True)]
 
 
@@ -86,7 +93,8 @@ def target(op: Op) -> Target:
     case = op.case
     rows, weights = prod(case.rows), case.in_features * case.out_features
     if rows == 1:
-        return Target(None, weights * case.dtype.itemsize, "read", 0.85 if weights == 4096 * 4096 else None)
+        width = 1 if op.int8 else case.dtype.itemsize
+        return Target(None, weights * width, "read", 0.85 if weights == 4096 * 4096 else None)
     plain, fp32 = op.name == "linear fwd", case.dtype == FP32
     share = (0.85 if rows >= 512 else 0.75 if rows >= 128 else None) if plain and fp32 else None
     ratio = (1.35 if fp32 else 0.95) if plain and rows >= 128 else None
@@ -100,6 +108,8 @@ def draw(case: lc.Case) -> lc.Drawn:
 
 def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
     """What is timed, and what its results must be."""
+    if op.int8:
+        return prepare_int8(op)
     case, drawn = op.case, draw(op.case)
     leaves = {name: leaf.requires_grad_(op.backward) for name, leaf in drawn.tensors.leaves().items()}
     packed = None if op.backward else H.pack_linear_weight(drawn.tensors.weight)
@@ -127,8 +137,54 @@ def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
     return made, gate.Truth(names, drawn.torchs, drawn.truth)
 
 
+def prepare_int8(op: Op) -> tuple[Case, gate.Truth]:
+    case, t = op.case, lc.tensors(op.case, gate.DRAW)
+    levels = torch.randint(0, 256, t.input.shape, generator=torch.Generator().manual_seed(gate.DRAW))
+    levels[:, 0], levels[:, 1] = 0, 255
+    x = ((levels - 128) / 64).to(case.dtype)
+    q, scale = H.quantize_linear_weight(t.weight)
+    exact = dataclasses.replace(t, input=x, weight=q.double() * scale.double()[:, None])
+    weight, bias = exact.weight.to(case.dtype), t.bias
+    assert bias is not None
+    packed, quantize_input = H.pack_int8_weight(q), op.int8 != "weight"
+
+    def eager(x: Tensor) -> tuple[Tensor]:
+        return (torch.nn.functional.linear(x, weight, bias),)
+
+    made = Case(
+        op=op.name,
+        dtype=case.dtype,
+        shape=op.shape,
+        eager=eager,
+        ours=lambda x: (H.linear_int8(x, packed, scale, bias, quantize_input=quantize_input),),
+        inputs=(x,),
+        no_compile="left out: each compilation takes seconds",
+        int8=_torch_int8(case, q, scale, bias, quantize_input),
+    )
+    return made, gate.Truth(("output",), {"output": eager(x)[0]}, {"output": lc.exact(case, exact, None)["output"]})
+
+
+def _torch_int8(case: lc.Case, q: Tensor, scale: Tensor, bias: Tensor, quantize_input: bool) -> Function | str:
+    if not quantize_input:
+        scales = scale.to(case.dtype)
+        return lambda x: (torch._weight_int8pack_mm(x, q, scales) + bias,)
+    if case.dtype != FP32:
+        return "float32 only"
+    zeros = torch.zeros(len(scale), dtype=torch.long)
+    weight = torch._make_per_channel_quantized_tensor(q, scale.double(), zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(weight, bias)
+    return lambda x: (torch.ops.quantized.linear_dynamic(x, packed, reduce_range=False),)
+
+
+@pytest.fixture(scope="module")
+def linear_room(room: Room) -> Room:
+    """The same room, rows included, with other peers."""
+    return dataclasses.replace(room, peers=LINEAR_PEERS)
+
+
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in OPS])
-def test_linear(op: Op, room: Room, benchmark: BenchmarkFixture) -> None:
+def test_linear(op: Op, linear_room: Room, benchmark: BenchmarkFixture) -> None:
+    room = linear_room
     if room.quick and op.size not in QUICK:
         pytest.skip("not in --quick")
     left_out = "left out of --quick" if room.quick else "left out: each compilation takes seconds"

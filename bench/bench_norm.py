@@ -21,7 +21,7 @@ from torch import Tensor
 import handtuned.nn.functional as H
 
 from . import gate
-from .peers import Case, Function, OnnxNode, Tensors
+from .peers import Case, Function, OnnxGraph, OnnxNode, Tensors
 from .room import Room, Target
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -117,15 +117,18 @@ def handtuned_function(op: Op, eps: float) -> Function:
     return add_layer if op.add else layer
 
 
-def onnx_node(op: Op, eps: float) -> OnnxNode | None:
+def onnx_graph(op: Op, eps: float, inputs: int) -> OnnxGraph | None:
     """The fused kernels of onnxruntime; its RMSNorm is called SimplifiedLayerNormalization. It has no backward."""
     if op.backward:
         return None
+    names = tuple(f"input{i}" for i in range(inputs))
     if op.add:
-        prefix = "Skip" if op.kind == "layer" else "SkipSimplified"
-        return OnnxNode(f"{prefix}LayerNormalization", "com.microsoft", ("y", "", "", "h"), {"epsilon": eps})
-    name = "LayerNormalization" if op.kind == "layer" else "SimplifiedLayerNormalization"
-    return OnnxNode(name, "", ("y",), {"epsilon": eps, "axis": -1})
+        kind = "SkipLayerNormalization" if op.kind == "layer" else "SkipSimplifiedLayerNormalization"
+        node = OnnxNode(kind, names, ("y", "", "", "h"), {"epsilon": eps}, "com.microsoft")
+    else:
+        kind = "LayerNormalization" if op.kind == "layer" else "SimplifiedLayerNormalization"
+        node = OnnxNode(kind, names, ("y",), {"epsilon": eps, "axis": -1})
+    return OnnxGraph((node,), node.outputs)
 
 
 def parameters() -> list[object]:
@@ -157,7 +160,7 @@ def prepare(op: Op, case: cases.Case, no_compile: str = "") -> tuple[Case, gate.
         ours=handtuned_function(op, case.eps),
         inputs=tuple(leaves.values()),
         grad_outputs=tuple(t for t in incoming if t is not None) if op.backward else None,
-        onnx=onnx_node(op, case.eps),
+        onnx=onnx_graph(op, case.eps, len(leaves)),
         no_compile=no_compile,
         random=op.dropout > 0,
     )

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from handtuned.nn.functional import pack_rnn_weights
 
 from . import gate
-from .peers import RNN_PEERS, Case, OnnxNode, Tensors
+from .peers import RNN_PEERS, Case, OnnxGraph, OnnxNode, Tensors
 from .room import Room, Target
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -135,7 +135,7 @@ def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
 GATE_ORDER = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}  # ONNX's of torch's
 
 
-def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
+def onnx_graph(case: rc.Case, t: rc.Tensors) -> OnnxGraph | None:
     """ONNX's LSTM, GRU or RNN of one direction, float32."""
     if case.lengths or case.proj or case.options or case.dtype != FP32:
         return None
@@ -145,13 +145,13 @@ def onnx_node(case: rc.Case, t: rc.Tensors) -> OnnxNode | None:
     )
     attributes: dict[str, object] = {"hidden_size": hidden}
     attributes |= {"linear_before_reset": 1} if case.mode == "GRU" else {}
-    return OnnxNode(
-        op_type=case.mode.split("_")[0],
-        domain="",
+    states = [s for s in (t.h0, t.c0) if s is not None]
+    given = ("input0", "w_ih", "w_hh", "b", "", *(f"input{i + 1}" for i in range(len(states))))
+    return OnnxGraph(
+        nodes=(OnnxNode(case.mode.split("_")[0], given, ("y",), attributes),),
         outputs=("y",),
-        attributes=attributes,
-        inputs=(t.input, *(s for s in (t.h0, t.c0) if s is not None)),
-        constants=(w_ih[None], w_hh[None], torch.cat([b_ih, b_hh])[None]),
+        constants={"w_ih": w_ih[None], "w_hh": w_hh[None], "b": torch.cat([b_ih, b_hh])[None]},
+        inputs=(t.input, *states),
         shape=(steps, 1, batch, hidden),
         result=(steps, batch, hidden),
     )
@@ -207,7 +207,7 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
         ours=ours,
         inputs=inputs,
         grad_outputs=(grad,) if op.backward else None,
-        onnx=None if op.backward else onnx_node(case, t),
+        onnx=None if op.backward else onnx_graph(case, t),
         cells=_torch_cells(case, t),
         plain=prepare(dataclasses.replace(op, case=case.with_(options=())))[0] if case.options else None,
     )

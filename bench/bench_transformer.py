@@ -22,9 +22,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import handtuned
+from handtuned.compare import models
+from handtuned.integrations import transformers as integration
 
 from . import gate
-from .peers import TRANSFORMER_PEERS, Case, OnnxModel, Tensors
+from .peers import TRANSFORMER_PEERS, Case, OnnxGraph, OnnxNode, Tensors
 from .room import Room, Target
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -121,6 +123,17 @@ def function(op: Op, module: nn.Module) -> Callable[..., Tensors]:
     return {"attention": attention, "layer": layer, "stack": stack}[op.module]
 
 
+class OfOne(nn.Module):
+    """function(op, module) of its input alone, as a module."""
+
+    def __init__(self, op: Op, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.run = module, function(op, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)[0]
+
+
 @functools.lru_cache(maxsize=1)
 def draw(op: Op) -> tuple[nn.Module, Tensor, Tensor, dict[str, Tensor], dict[str, numerics.Array]]:
     """Module, input, its output's gradient, torch's results and those in float64."""
@@ -157,7 +170,11 @@ def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
         ours=function(op, twin),
         inputs=(x.requires_grad_(op.backward), *module.parameters()),
         grad_outputs=(grad,) if op.backward else None,
-        onnx=None if op.backward or op.kept or op.dtype != FP32 or op.norm_first else onnx_model(op, module),
+        onnx=None
+        if op.backward or op.kept or op.dtype != FP32 or op.norm_first
+        else onnx_graph(op, module, x.detach()),
+        module=OfOne(op, module) if op.dtype == FP32 and not op.backward else None,
+        module_inputs=(x.detach(),),
         no_compile=no_compile,
         fast_path=not op.backward,
         freeze=not op.backward,
@@ -168,34 +185,138 @@ def prepare(op: Op, no_compile: str = "") -> tuple[Case, gate.Truth]:
 # ---- onnxruntime -----------------------------------------------------------------------------------------------------
 
 
-def onnx_model(op: Op, module: nn.Module) -> OnnxModel:
-    """The module of onnxruntime's own fused nodes, as its optimizer for transformers would find them."""
-    nodes: list[tuple[str, str, tuple[str, ...], str, dict[str, object]]] = []
-    weights: dict[str, Tensor] = {}
+class OnnxBuilder:
+    """Nodes as onnxruntime's optimizer for transformers would find them: its own fused ones."""
 
-    def node(kind: str, inputs: tuple[str, ...], output: str, **attributes: object) -> str:
-        own = kind in ("Attention", "BiasGelu", "SkipLayerNormalization")
-        nodes.append((kind, "com.microsoft" if own else "", inputs, output, attributes))
+    def __init__(self) -> None:
+        self.nodes: list[OnnxNode] = []
+        self.constants: dict[str, Tensor] = {}
+
+    def node(self, kind: str, inputs: tuple[str, ...], output: str, domain: str = "com.microsoft", **more: Any) -> str:
+        self.nodes.append(OnnxNode(kind, inputs, (output,), more, domain))
         return output
 
-    def linear(x: str, name: str, layer: nn.Linear, bias: str = "Add") -> str:
-        weights[f"{name}.w"], weights[f"{name}.b"] = layer.weight.T.contiguous(), layer.bias
-        return node(bias, (node("MatMul", (x, f"{name}.w"), f"{name}.product"), f"{name}.b"), f"{name}.out")
+    def constant(self, name: str, tensor: Tensor) -> str:
+        self.constants[name] = tensor.detach()
+        return name
 
-    def add_norm(x: str, residual: str, name: str, norm: nn.LayerNorm) -> str:
-        weights[f"{name}.w"], weights[f"{name}.b"] = norm.weight, norm.bias
-        return node("SkipLayerNormalization", (x, residual, f"{name}.w", f"{name}.b"), f"{name}.out", epsilon=norm.eps)
+    def linear(self, x: str, name: str, layer: nn.Linear, activation: bool = False) -> str:
+        weight, bias = self.constant(f"{name}.w", layer.weight.T.contiguous()), self.constant(f"{name}.b", layer.bias)
+        product = self.node("MatMul", (x, weight), f"{name}.product", "")
+        if activation:
+            return self.node("BiasGelu", (product, bias), f"{name}.out")
+        return self.node("Add", (product, bias), f"{name}.out", "")
 
+    def add_norm(self, x: str, residual: str, name: str, norm: nn.LayerNorm) -> str:
+        weight, bias = self.constant(f"{name}.w", norm.weight), self.constant(f"{name}.b", norm.bias)
+        return self.node("SkipLayerNormalization", (x, residual, weight, bias), f"{name}.out", epsilon=norm.eps)
+
+    def attention(self, x: str, name: str, weight: Tensor, bias: Tensor, heads: int, mask: tuple[str, ...] = ()) -> str:
+        """weight (3 width, width) and bias of queries, keys and values; mask: the name of each row's length."""
+        given = (x, self.constant(f"{name}.w", weight.T.contiguous()), self.constant(f"{name}.b", bias), *mask)
+        return self.node("Attention", given, f"{name}.out", num_heads=heads)
+
+    def feed_forward(self, x: str, name: str, first: nn.Linear, second: nn.Linear, norm: nn.LayerNorm) -> str:
+        inside = self.linear(x, f"{name}.1", first, activation=True)
+        return self.add_norm(self.linear(inside, f"{name}.2", second), x, f"{name}.norm", norm)
+
+    def graph(self, last: str, **more: Any) -> OnnxGraph:
+        return OnnxGraph(tuple(self.nodes), (last,), self.constants, **more)
+
+
+def onnx_graph(op: Op, module: nn.Module, x: Tensor) -> OnnxGraph:
+    """An attention module or an encoder layer, norm last, of the case's first input."""
+    build = OnnxBuilder()
     attention = module if isinstance(module, nn.MultiheadAttention) else module.get_submodule("self_attn")
     assert isinstance(attention, nn.MultiheadAttention)
-    weights["qkv.w"], weights["qkv.b"] = attention.in_proj_weight.T.contiguous(), attention.in_proj_bias
-    heads = node("Attention", ("input0", "qkv.w", "qkv.b"), "heads", num_heads=op.heads)
-    last = linear(heads, "out", attention.out_proj)
+    heads = build.attention("input0", "qkv", attention.in_proj_weight, attention.in_proj_bias, op.heads)
+    last = build.linear(heads, "out", attention.out_proj)
     if isinstance(module, nn.TransformerEncoderLayer):
-        first = add_norm(last, "input0", "norm1", module.norm1)
-        second = linear(linear(first, "linear1", module.linear1, "BiasGelu"), "linear2", module.linear2)
-        last = add_norm(second, first, "norm2", module.norm2)
-    return OnnxModel(tuple(nodes), {name: weight.detach() for name, weight in weights.items()}, last)
+        first = build.add_norm(last, "input0", "norm1", module.norm1)
+        last = build.feed_forward(first, "feed", module.linear1, module.linear2, module.norm2)
+    return build.graph(last, inputs=(x,))
+
+
+# ---- a real model ----------------------------------------------------------------------------------------------------
+
+MINILM = "MiniLM, 32 sentences fwd"
+PACKED = "MiniLM, 32 sentences, packed fwd"  # by handtuned; the others compute the padding too
+
+
+class Encoder(nn.Module):
+    """A BERT encoder's hidden states, 0 in padding, of ids, token types and mask."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        hidden: Tensor = self.model(input_ids=ids, token_type_ids=types, attention_mask=mask).last_hidden_state
+        return hidden * mask[..., None]
+
+
+class PackedEncoder(Encoder):
+    """The same without computing the padding."""
+
+    def forward(self, ids: Tensor, types: Tensor, mask: Tensor) -> Tensor:
+        rows: Tensor = self.model(**integration.packed(ids, mask, types)).last_hidden_state[0]
+        return rows.new_zeros(*mask.shape, rows.shape[-1]).index_put((mask.bool(),), rows)
+
+
+def prepare_minilm(packed: bool = False, no_compile: str = "") -> tuple[Case, gate.Truth, Target]:
+    """all-MiniLM-L6-v2 on the sentences of `handtuned compare`, end to end from ids to hidden states."""
+    minilm = models.minilm()
+    given = minilm.inputs(32)
+    inputs = (given["input_ids"], given["token_type_ids"], given["attention_mask"])
+    module = Encoder(minilm.module)
+    twin = (PackedEncoder if packed else Encoder)(copy.deepcopy(minilm.module))
+    integration.replace(twin.model)
+    with torch.no_grad():
+        torchs, exact = module(*inputs), copy.deepcopy(module).double()(*inputs)
+    lengths, width = inputs[2].sum(1).tolist(), torchs.shape[-1]
+    work = LAYERS * (24 * sum(lengths) * width * width + 4 * sum(n * n for n in lengths) * width)
+    made = Case(
+        op=PACKED if packed else MINILM,
+        dtype=FP32,
+        shape=tuple(torchs.shape),
+        eager=lambda *values: (module(*values),),
+        ours=lambda *values: (twin(*values),),
+        inputs=inputs,
+        onnx=onnx_minilm(minilm.module, inputs),
+        module=module,
+        module_inputs=inputs,
+        no_compile=no_compile,
+        freeze=True,
+    )
+    return made, gate.Truth(("output",), {"output": torchs}, {"output": exact.numpy()}), Target(1.8, work, "FMA")
+
+
+def onnx_minilm(model: Any, inputs: Tensors) -> OnnxGraph:
+    """The whole encoder: embeddings, and layers whose attention is told the lengths."""
+    build, embeddings, heads = OnnxBuilder(), model.embeddings, model.config.num_attention_heads
+    named = {
+        "words": embeddings.word_embeddings.weight,
+        "positions": embeddings.position_embeddings.weight,
+        "types": embeddings.token_type_embeddings.weight,
+        "norm.w": embeddings.LayerNorm.weight,
+        "norm.b": embeddings.LayerNorm.bias,
+    }
+    tables = tuple(build.constant(name, tensor) for name, tensor in named.items())
+    epsilon = {"epsilon": embeddings.LayerNorm.eps}
+    given = ("input0", "input1", *tables, "input2")
+    build.nodes.append(OnnxNode("EmbedLayerNormalization", given, ("x", "lengths"), epsilon, "com.microsoft"))
+    x = "x"
+    for i, layer in enumerate(model.encoder.layer):
+        own, output = layer.attention.self, layer.attention.output
+        parts = (own.query, own.key, own.value)
+        weight, bias = (torch.cat([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
+        attended = build.attention(x, f"{i}.qkv", weight, bias, heads, ("lengths",))
+        x = build.add_norm(build.linear(attended, f"{i}.out", output.dense), x, f"{i}.norm", output.LayerNorm)
+        x = build.feed_forward(x, f"{i}.feed", layer.intermediate.dense, layer.output.dense, layer.output.LayerNorm)
+    kept = build.constant("kept", inputs[2][..., None].float())
+    shape = (*inputs[0].shape, model.config.hidden_size)
+    last = build.node("Mul", (x, kept), "hidden", "")
+    return build.graph(last, inputs=tuple(t.int() for t in inputs), shape=shape, result=shape)
 
 
 # ---- the benchmark ---------------------------------------------------------------------------------------------------
@@ -222,3 +343,15 @@ def test_transformer(op: Op, transformer_room: Room, benchmark: BenchmarkFixture
     made, truth = prepare(op, not_compiled(transformer_room, op))
     limit = "dot" if op.dtype == BF16 else "FMA"
     transformer_room.measure(made, truth, Target(op.target, op.work, limit), benchmark)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_minilm(packed: bool, transformer_room: Room, benchmark: BenchmarkFixture) -> None:
+    if transformer_room.quick:
+        pytest.skip("not in --quick")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    try:
+        made, truth, target = prepare_minilm(packed, "left out: compiled for the row above" if packed else "")
+    except models.ModelUnavailable as error:
+        pytest.skip(str(error))
+    transformer_room.measure(made, truth, target, benchmark)

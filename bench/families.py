@@ -60,27 +60,35 @@ ATTENTION = Family(
 TRANSFORMER = Family(
     "transformer",
     "Transformer benchmarks",
-    (("vs fast path", "torch fast path"), ("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    (
+        ("vs fast path", "torch fast path"),
+        ("vs compile", "torch.compile"),
+        ("vs onnxruntime", "onnxruntime"),
+        ("vs OpenVINO", "OpenVINO"),
+    ),
     "% of limit",
     _COMMON
     + "Shapes are batch x tokens x width; heads are 64 wide, 32 at width 384, feed-forwards four times the width. "
     "torch eager is torch.nn's module with its fast path switched off, the fast path the same module as it comes. "
     "torch.compile takes the parameters for constants in forward rows. onnxruntime's graph is made of its own fused "
-    "nodes. The limit is the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor "
-    "multiplies bf16 with, measured in the same run; operations are useful ones, those of padding not counted. Faults "
-    "are page faults per call.",
+    "nodes; OpenVINO converts the module and is no requirement: pip install openvino for its column. MiniLM is a whole "
+    "model on real sentences, from ids to hidden states. The limit is the multiply-add peak of all threads, of float32 "
+    "or, for bf16 rows, of what the processor multiplies bf16 with, measured in the same run; operations are useful "
+    "ones, those of padding not counted. Faults are page faults per call.",
 )
 LINEAR = Family(
     "linear",
     "Linear benchmarks",
-    (("vs compile", "torch.compile"), ("vs onnxruntime", "onnxruntime")),
+    (("vs compile", "torch.compile"), ("vs torch int8", "torch int8")),
     "% of limit",
     _COMMON
     + "Shapes are rows x in x out. Forward rows have their weight packed once, as the module keeps it; rows with "
     "the backward pack in every call. The limit of one row is the read bandwidth, of the bytes of the weight; of all "
     "others the multiply-add peak of all threads, of float32 or, for bf16 rows, of what the processor multiplies bf16 "
     "with. Cross-entropy rows are rows x in x classes; torch keeps the logits for the backward, handtuned makes them "
-    "again, which is not counted as work. onnxruntime has no single node of it. Faults are page faults per call.",
+    "again, which is not counted as work. torch eager has the dequantised weight in int8 rows, torch int8 the same "
+    "int8 weight: _weight_int8pack_mm, or quantized.linear_dynamic where the input is quantised too. Faults are page "
+    "faults per call.",
 )
 RNN = Family(
     "rnn",

@@ -112,6 +112,7 @@ def facts(limits: dict[str, float], other_cores: float) -> dict[str, Any]:
         "compiler": info.compiler,
         "torch": torch.__version__,
         "onnxruntime": _version("onnxruntime"),
+        "openvino": _version("openvino"),
         "python": platform.python_version(),
         "libc": " ".join(platform.libc_ver()),
         "kernel": platform.release(),

@@ -7,8 +7,8 @@ outputs, and behind them the gradients where the case has a backward, so that th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -24,36 +24,26 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class OnnxNode:
-    """One ONNX node that computes a case: inputs in the case's order; outputs "" are not computed."""
+    """One node of a graph: names of what goes in ("" is left out) and comes out ("" is not computed)."""
 
     op_type: str
-    domain: str
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     attributes: dict[str, Any]
-    # Where they differ from the case's: inputs, tensors of the model itself, shape of the output in memory of `result`.
-    inputs: Tensors | None = None
-    constants: Tensors = ()
-    shape: tuple[int, ...] | None = None
-    result: tuple[int, ...] | None = None
+    domain: str = ""
 
 
 @dataclass(frozen=True)
-class OnnxModel:
-    """A graph of nodes (type, domain, inputs, output, attributes) from "input0", the case's first input, to `last`.
+class OnnxGraph:
+    """Nodes that compute a case from its inputs, "input0" and so on, and from constants that the graph holds."""
 
-    The case's other inputs are parameters, whose values the graph holds: `weights`.
-    """
-
-    nodes: tuple[tuple[str, str, tuple[str, ...], str, dict[str, Any]], ...]
-    weights: dict[str, Tensor]
-    last: str
-    # The output is like the input.
-    shape: None = None
-    result: None = None
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return (self.last,)
+    nodes: tuple[OnnxNode, ...]
+    outputs: tuple[str, ...]
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    inputs: Tensors | None = None  # where they are not the case's
+    # Of every output: the graph's shape, and that of `result` in memory. None: the first input's.
+    shape: tuple[int, ...] | None = None
+    result: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,9 @@ class Case:
     ours: Function
     inputs: Tensors
     grad_outputs: Tensors | None = None
-    onnx: OnnxNode | OnnxModel | None = None
+    onnx: OnnxGraph | None = None
+    module: torch.nn.Module | None = None  # a function of `module_inputs`, for tools that take whole modules
+    module_inputs: Tensors = ()
     no_compile: str = ""  # why torch.compile is left out, if it is
     random: bool = False  # no two runs give the same result
     math: Function | str = "has no such op"  # torch's unfused attention, or why not
@@ -75,6 +67,7 @@ class Case:
     fast_path: bool = False  # torch's modules have one for it
     freeze: bool = False  # torch.compile may take the parameters for constants
     cells: Function | str = "has no such op"  # torch's cell called step by step, or why not
+    int8: Function | str = "has no such op"  # torch's product with an int8 weight, or why not
     plain: Case | None = None  # of a variant: the same without it
 
     def mode(self) -> contextlib.AbstractContextManager[object]:
@@ -191,6 +184,18 @@ class Cells:
         return case.bind(case.cells)
 
 
+class Int8:
+    """torch's operators with the same int8 weight, the input as it is or quantised as well."""
+
+    name = "torch int8"
+    pool = "openmp"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if isinstance(case.int8, str):
+            raise Unavailable(case.int8)
+        return case.bind(case.int8)
+
+
 class PlainLayer:
     """handtuned's own layer without the variant that is measured; other results, as much of the work."""
 
@@ -221,7 +226,7 @@ def _compiled(case: Case, function: Function) -> Callable[[], Tensors]:
 
 
 class OnnxRuntime:
-    """onnxruntime's CPU provider on one node: inputs bound in place, outputs into buffers allocated once (IOBinding).
+    """onnxruntime's CPU provider on a graph: inputs bound in place, outputs into buffers allocated once (IOBinding).
 
     That is the best it can do: it never pays for fresh memory, which under the default allocator all others do.
     """
@@ -233,14 +238,12 @@ class OnnxRuntime:
         if case.onnx is None:
             raise Unavailable("forward only" if case.grad_outputs else "has no such op")
         try:
-            import onnx
+            import onnx  # noqa: F401 (the graph is made with it)
             import onnxruntime  # type: ignore[import-untyped,unused-ignore]
         except ImportError as error:
             raise Unavailable(f"not installed: {error}") from error
 
-        given = case.inputs[:1] if isinstance(case.onnx, OnnxModel) else case.onnx.inputs or case.inputs
-        tensors = [tensor.detach() for tensor in given]
-        kind = {torch.float32: onnx.TensorProto.FLOAT, torch.bfloat16: onnx.TensorProto.BFLOAT16}[case.dtype]
+        tensors = [tensor.detach() for tensor in case.onnx.inputs or case.inputs]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
@@ -249,18 +252,19 @@ class OnnxRuntime:
         options.log_severity_level = 3
         try:
             session = onnxruntime.InferenceSession(
-                _model(case.onnx, kind, tensors), options, providers=["CPUExecutionProvider"]
+                _model(case.onnx, tensors, case.dtype), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
             raise Unavailable(f"no CPU kernel: {_first_line(error)}") from error
         binding = session.io_binding()
         like = tensors[0]
-        results = tuple(like.new_empty(case.onnx.result or like.shape) for name in case.onnx.outputs if name)
+        names = [name for name in case.onnx.outputs if name]
+        results = tuple(like.new_empty(case.onnx.result or like.shape, dtype=case.dtype) for _ in names)
+        for name, tensor in zip((value.name for value in session.get_inputs()), tensors, strict=True):
+            binding.bind_input(name, "cpu", 0, _onnx_type(tensor.dtype), list(tensor.shape), tensor.data_ptr())
         shape = list(case.onnx.shape or like.shape)
-        for value, tensor in zip(session.get_inputs(), tensors, strict=True):
-            binding.bind_input(value.name, "cpu", 0, kind, list(tensor.shape), tensor.data_ptr())
-        for value, tensor in zip(session.get_outputs(), results, strict=True):
-            binding.bind_output(value.name, "cpu", 0, kind, shape, tensor.data_ptr())
+        for name, tensor in zip(names, results, strict=True):
+            binding.bind_output(name, "cpu", 0, _onnx_type(case.dtype), shape, tensor.data_ptr())
         run = session.run_with_iobinding
 
         def call() -> Tensors:
@@ -272,32 +276,70 @@ class OnnxRuntime:
         return call
 
 
-def _model(graph: OnnxNode | OnnxModel, kind: int, tensors: list[Tensor]) -> bytes:
+def _onnx_type(dtype: torch.dtype) -> int:
+    from onnx import TensorProto
+
+    kinds = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.int32: TensorProto.INT32}
+    return int(kinds[dtype])
+
+
+def _model(graph: OnnxGraph, tensors: list[Tensor], dtype: torch.dtype) -> bytes:
     from onnx import helper, numpy_helper
 
-    names = [f"input{i}" for i in range(len(tensors))]
-    if isinstance(graph, OnnxNode):
-        constants = {f"constant{i}": t.detach() for i, t in enumerate(graph.constants)}
-        # A recurrent node takes its weights second, and its state behind sequence lengths that are not given.
-        order = [names[0], *constants, "", *names[1:]] if constants else names
-        nodes = [helper.make_node(graph.op_type, order, graph.outputs, domain=graph.domain, **graph.attributes)]
-        shape = graph.shape or tensors[0].shape
-    else:
-        nodes = [
-            helper.make_node(op_type, inputs, [output], domain=domain, **attributes)
-            for op_type, domain, inputs, output, attributes in graph.nodes
-        ]
-        constants, shape = graph.weights, tensors[0].shape
+    def declared(name: str, of: torch.dtype, shape: Sequence[int]) -> Any:
+        return helper.make_tensor_value_info(name, _onnx_type(of), shape)
+
     made = helper.make_graph(
-        nodes,
+        [helper.make_node(n.op_type, n.inputs, n.outputs, domain=n.domain, **n.attributes) for n in graph.nodes],
         "case",
-        [helper.make_tensor_value_info(name, kind, t.shape) for name, t in zip(names, tensors, strict=True)],
-        [helper.make_tensor_value_info(name, kind, shape) for name in graph.outputs if name],
-        [numpy_helper.from_array(t.numpy(), name) for name, t in constants.items()],
+        [declared(f"input{i}", t.dtype, t.shape) for i, t in enumerate(tensors)],
+        [declared(name, dtype, graph.shape or tensors[0].shape) for name in graph.outputs if name],
+        [numpy_helper.from_array(t.detach().numpy(), name) for name, t in graph.constants.items()],
     )
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model: bytes = helper.make_model(made, opset_imports=opsets, ir_version=10).SerializeToString()
     return model
+
+
+class OpenVino:
+    """OpenVINO's CPU plugin on the whole module, converted with its weights as constants, in float32 throughout."""
+
+    name = "OpenVINO"
+    pool = "openvino"
+
+    def prepare(self, case: Case) -> Callable[[], Tensors]:
+        if case.module is None:
+            raise Unavailable("float32 modules, forward only")
+        try:
+            import openvino  # type: ignore[import-not-found,unused-ignore]
+        except ImportError as error:
+            raise Unavailable(f"not installed: {error}; pip install openvino") from error
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        torch.backends.mha.set_fastpath_enabled(False)  # it would be traced
+        try:
+            model = openvino.convert_model(case.module, example_input=case.module_inputs)
+            request = openvino.compile_model(model, "CPU", settings).create_infer_request()
+        except Exception as error:
+            raise Unavailable(f"cannot be converted: {_first_line(error)}") from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        tensors = [openvino.Tensor(tensor.detach().numpy(), shared_memory=True) for tensor in case.module_inputs]
+        for i, tensor in enumerate(tensors):
+            request.set_input_tensor(i, tensor)
+        request.infer()
+        result = torch.from_numpy(request.get_output_tensor(0).data)
+
+        def call() -> Tensors:
+            request.infer()
+            return (result,)
+
+        # The request holds addresses only; the tensors must live as long as it does.
+        call.keep_alive = tensors  # type: ignore[attr-defined]
+        return call
 
 
 def _first_line(error: Exception) -> str:
@@ -307,6 +349,14 @@ def _first_line(error: Exception) -> str:
 OURS = Handtuned.name
 EAGER = Eager.name
 PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), OnnxRuntime())
+LINEAR_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Compiled(), Int8())
 ATTENTION_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Math(), Flex())
-TRANSFORMER_PEERS: tuple[Peer, ...] = (WithoutFastPath(), Handtuned(), FastPath(), Compiled(), OnnxRuntime())
+TRANSFORMER_PEERS: tuple[Peer, ...] = (
+    WithoutFastPath(),
+    Handtuned(),
+    FastPath(),
+    Compiled(),
+    OnnxRuntime(),
+    OpenVino(),
+)
 RNN_PEERS: tuple[Peer, ...] = (Eager(), Handtuned(), Cells(), OnnxRuntime(), PlainLayer())

@@ -23,6 +23,12 @@ inline int64_t linear_packed_numbers(DType dtype, int64_t columns, int64_t depth
   return linear_panels(columns) * kLinearPanel * linear_steps(dtype, depth) * linear_step(dtype);
 }
 
+// An int8 weight is packed for its own purpose: four neighbours along the summed dimension of each column, and as a
+// last step the sum of each column, an int32 in the place of its four numbers:
+//   packed[panel][step][column][4],  steps = linear_quads(depth) + 1
+inline int64_t linear_quads(int64_t depth) { return (depth + 3) / 4; }
+inline constexpr int64_t kLinearMostQuantized = 65536;  // numbers of 8 bits whose products' sum stays below 2^31
+
 // Up to so many rows of input the weight is read in place, once, and none that is packed is needed.
 inline constexpr int64_t kLinearFewRows = 4;
 
@@ -52,6 +58,26 @@ struct LinearForward : Linear {
   void* output;          // [rows, out]
   void* preactivation;   // [rows, out] z, or nullptr
 };
+
+struct LinearInt8Pack {
+  int64_t out, in;
+  const void* weight;  // [out, in] int8, rows weight_row apart
+  int64_t weight_row;
+  void* packed;  // [linear_panels(out), linear_quads(in) + 1, kLinearPanel, 4]
+};
+
+// z = x (scale q)^T + b with q of int8; y as above. No weight, and packed is LinearInt8Pack's.
+struct LinearInt8 : LinearForward {
+  const float* scale;  // [out]
+  // Where x is quantised too, row by row: scratch, else nullptr.
+  void* quantized;   // [rows, quantized_row] of four bytes
+  void* row_scales;  // [rows] RowScale
+};
+struct RowScale {
+  float scale;
+  int32_t zero;  // what 0 is quantised to
+};
+inline int64_t linear_quantized_row(int64_t in) { return (linear_quads(in) + 15) / 16 * 16; }
 
 // dz = dropout(dy) activation'(z),  dx = dz W,  dW = dz^T x,  db = sum of dz's rows
 struct LinearBackward : Linear {

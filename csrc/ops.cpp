@@ -81,6 +81,14 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
       "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? bias, Tensor preactivation,"
       " int activation, float dropout_p, Tensor? seed, bool need_input, bool need_weight, bool need_bias)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // The same with a weight of int8, scale [N] float32 each row's: W = scale q. packed: what linear_int8_pack made of q,
+  // [panels, K / 4 rounded up and 1, 64, 4]. quantize_input: x is rounded to 8 bits too, with a range of its own for
+  // each row. preactivation has shape [0] where there is no activation or need_preactivation is false.
+  m.def("linear_int8_pack(Tensor weight) -> Tensor packed");
+  m.def(
+      "linear_int8(Tensor input, Tensor packed, Tensor scale, Tensor? bias, Tensor? residual, int activation,"
+      " float dropout_p, Tensor? seed, bool quantize_input, bool need_preactivation)"
+      " -> (Tensor output, Tensor preactivation)");
 
   // Cross-entropy of linear(input, linear_weight, linear_bias), which is never stored. input [*, K], linear_weight
   // [classes, K], target [*] int64, weight [classes]. reduction: 0 none, 1 mean, 2 sum. loss is [*] or one number;

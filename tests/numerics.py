@@ -151,7 +151,7 @@ def drawn(case: cases.Case, draw: int) -> Drawn:
 def draws(case: cases.Case, kernels: str = "") -> int:
     """How many draws are averaged: few rows or columns say little about an error. Interpreters are slow."""
     smaller = max(min(case.cols, case.elements // max(case.cols, 1)), 1)
-    most = 3 if kernels in ("simt", "triton") else 8
+    most = 3 if kernels == "triton" or (kernels == "simt" and case.cols > 2000) else 8
     return max(1, min(most, 600 // smaller, 400_000 // max(case.elements, 1)))
 
 

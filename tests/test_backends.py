@@ -228,10 +228,11 @@ def test_info_lists_every_op_on_every_backend() -> None:
     rows = {(row["op"], row["backend"]) for row in found["kernels"]}
     assert rows == {(op, b) for op in handtuned.ops.OPS for b in BACKENDS if b != "auto"}
     assert all(row["why"] for row in found["kernels"])
-    without_triton = (*handtuned.ops.ATTENTION_OPS, *handtuned.ops.LINEAR_OPS, *handtuned.ops.RNN_OPS)
-    lacking = {(op, "triton") for op in without_triton} | {
-        (op, "cuda") for op in handtuned.ops.OPS if handtuned.backends.why_no_cuda_kernel(op)
-    }
+    without = {"triton": handtuned.backends.why_no_triton_kernel, "cuda": handtuned.backends.why_no_cuda_kernel}
+    lacking = {(op, backend) for backend, why in without.items() for op in handtuned.ops.OPS if why(op)}
+    assert {op for op, backend in lacking if backend == "triton"} == set(handtuned.ops.OPS) - set(
+        handtuned.ops.NORM_OPS
+    )
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

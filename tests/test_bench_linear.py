@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import bench_linear, gate
-from bench.peers import Eager, Handtuned
+from bench.peers import Eager, Handtuned, Int8
 
 SMALL = {f"{op.name} {op.case.dtype}": op for op in bench_linear.OPS}
 
@@ -18,13 +19,15 @@ SMALL = {f"{op.name} {op.case.dtype}": op for op in bench_linear.OPS}
 @pytest.mark.parametrize("name", SMALL)
 def test_both_sides_compute_the_truth(name: str) -> None:
     op = SMALL[name]
-    op = bench_linear.Op(op.name, op.case.with_(rows=(9,), in_features=40, out_features=70), op.backward)
+    op = dataclasses.replace(op, case=op.case.with_(rows=(9,), in_features=64, out_features=128))
     case, truth = bench_linear.prepare(op, no_compile="not in this test")
     with case.mode():
         gate.seed()
         assert truth.red(Handtuned().prepare(case)()) is None
         if not case.random:
             assert truth.differs(Eager().prepare(case)()) is None
+        if not isinstance(case.int8, str):
+            assert truth.differs(Int8().prepare(case)()) is None
 
 
 @pytest.mark.parametrize("op", bench_linear.ENTROPIES, ids=lambda op: op.id)

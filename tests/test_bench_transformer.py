@@ -64,3 +64,23 @@ def test_work_is_what_the_result_needs() -> None:
     kept = bench_transformer.KEPT
     expected = 6 * (2 * sum(kept) * 384 * 12 * 384 + 4 * sum(n * n for n in kept) * 384)
     assert work("encoder of 6, padding fwd", (32, 25, 384)) == expected
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_every_side_computes_the_same_of_a_real_model(packed: bool) -> None:
+    pytest.importorskip("transformers")
+    try:
+        case, truth, target = bench_transformer.prepare_minilm(packed, no_compile="not in this test")
+    except bench_transformer.models.ModelUnavailable as error:
+        pytest.skip(str(error))
+    assert target.work > 1e10
+    served = set()
+    with case.mode():
+        for peer in TRANSFORMER_PEERS:
+            try:
+                call = peer.prepare(case)
+            except Unavailable:
+                continue
+            assert truth.differs(call()) is None, peer.name
+            served.add(peer.name)
+    assert {"torch eager", "handtuned", "onnxruntime"} <= served

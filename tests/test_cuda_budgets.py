@@ -51,19 +51,9 @@ def demangled(names: list[str]) -> list[str]:
 
 def compiled(architecture: int, folder: Path) -> dict[str, Kernel]:
     cubin = folder / f"{architecture}.cubin"
-    command = [
-        NVCC,
-        "-std=c++17",
-        "-O3",
-        f"-arch=sm_{architecture}",
-        "-I",
-        ROOT / "csrc/cuda",
-        "-Xptxas",
-        "-v",
-        "-cubin",
-    ]
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT}/csrc/cuda", "-Xptxas", "-v", "-cubin"]
     done = subprocess.run(
-        [*map(str, command), str(ROOT / "csrc/cuda/norm.cu"), "-o", str(cubin)],
+        [str(NVCC), *flags, str(ROOT / "csrc/cuda/norm.cu"), "-o", str(cubin)],
         capture_output=True,
         text=True,
         check=False,

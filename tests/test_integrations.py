@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import handtuned
-from handtuned.integrations.transformers import attention, mask, register, replace
+from handtuned.integrations.transformers import attention, mask, packed, register, replace
 from handtuned.integrations.transformers_blocks import find_block
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -434,3 +434,36 @@ def test_blocks_that_compute_something_else_are_left() -> None:
     ):
         changed = planted(type(norm), change)(32)
         assert find_block(changed) is None
+
+
+# ---- packed batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["BertModel", "LlamaModel"])
+def test_a_packed_batch_computes_the_same(name: str, side: str) -> None:
+    """Hidden states and gradients of the tokens that are not padding, as with it."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_attention_heads": 4, "max_position_embeddings": 64}
+    config = getattr(transformers, name.replace("Model", "Config"))(**sizes)
+    model = getattr(transformers, name)(config).eval().double()
+    model.set_attn_implementation(register())
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS))
+    keep = torch.arange(TOKENS) >= torch.tensor(PADDING)[:, None]
+    keep = keep if side == "left" else keep.flip(1)
+    positions = (keep.cumsum(1) - 1).clamp(min=0)
+    padded = model(input_ids=ids, attention_mask=keep.long(), position_ids=positions).last_hidden_state[keep]
+    types = {"token_type_ids": torch.zeros_like(ids)} if name == "BertModel" else {}
+    alone = model(**packed(ids, keep.long(), **types)).last_hidden_state
+    assert alone.shape == (1, int(keep.sum()), 32)
+    torch.testing.assert_close(alone[0], padded, rtol=1e-9, atol=1e-9)
+    weights = [p for n, p in model.named_parameters() if "pooler" not in n]
+    grads = [torch.autograd.grad(h.square().sum(), weights) for h in (alone, padded)]
+    torch.testing.assert_close(*grads, rtol=1e-8, atol=1e-8)
+
+
+def test_a_packed_batch_has_no_matrix_of_weights() -> None:
+    q = torch.randn(1, 2, 5, 4)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="output_attentions is True, but a packed batch"):
+        attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=starts, cu_seq_lens_k=starts, output_attentions=True)

@@ -1,5 +1,5 @@
-"""The CUDA emulator itself, on kernels that do one thing each (simt/unit.cpp): what it computes, and that each thing that
-CUDA forbids is reported whatever the schedule."""
+"""The CUDA emulator itself, on kernels that do one thing each (simt/unit.cpp): what it computes, and that whatever CUDA
+forbids is reported under each schedule."""
 
 from __future__ import annotations
 

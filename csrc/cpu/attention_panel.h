@@ -223,15 +223,20 @@ HT_INLINE void unpack_transposed(int64_t width, int rows, const A* from, const A
 template <class RowOf>
 HT_INLINE void pack_row_pairs(int64_t n, int64_t width, float power, pair* to, RowOf row_of) {
   constexpr int L = kLanes<float>;
-  for (int64_t j = 0; j < n; j += 2, to += padded<float>(width)) {
-    const bf16 *first = row_of(j), *second = j + 1 < n ? row_of(j + 1) : nullptr;
-    for (int64_t c = 0; c < width; c += L) {
-      const u32 low = (u32)(load_first(first + c, width - c) * power);
-      const u32 high = second ? (u32)(load_first(second + c, width - c) * power) : u32{};
-      const u32 both = low >> 16 | high;
-      __builtin_memcpy(to + c, &both, sizeof both);
+  auto pack = [&](auto halves) HT_LAMBDA {  // the upper halves are the numbers
+    for (int64_t j = 0; j < n; j += 2) {
+      const bf16 *first = row_of(j), *second = j + 1 < n ? row_of(j + 1) : nullptr;
+      for (int64_t c = 0; c < width; c += L) {
+        const u32 low = halves(first + c, width - c), high = second ? halves(second + c, width - c) : u32{};
+        const u32 both = low >> 16 | high;
+        __builtin_memcpy(to + j / 2 * padded<float>(width) + c, &both, sizeof both);
+      }
     }
-  }
+  };
+  if (power == 1)
+    pack([](const bf16* p, int64_t left) HT_LAMBDA { return (u32)load_first(p, left); });
+  else
+    pack([&](const bf16* p, int64_t left) HT_LAMBDA { return (u32)(load_first(p, left) * power); });
 }
 
 // Where a row starts.

@@ -40,14 +40,16 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 std::vector<IsaStatus> probe() {
   std::vector<IsaStatus> list;
 #ifdef HANDTUNED_X86
   __builtin_cpu_init();
-  list.push_back({"avx512bf16", &avx512bf16::table, has_avx512bf16(), "AVX-512 F, BW, VL, DQ and BF16"});
+  list.push_back({"avx512bf16", &avx512bf16::table, has_avx512bf16(), "AVX-512 F, BW, VL, DQ, BF16 and VNNI"});
   list.push_back({"avx512", &avx512::table, has_avx512(), "AVX-512 F, BW, VL and DQ"});
   list.push_back({"avx2", &avx2::table, has_avx2(), "AVX2, FMA and F16C"});
 #else

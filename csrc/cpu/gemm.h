@@ -8,7 +8,8 @@
 // and one element of B per row: with 6 x 2 (AVX2) that is 8 loads for 12 multiply-adds.
 //
 // Element types: E of B and T of A, accumulated in A = Accumulate<E>. Beside float and double there is `pair` for both,
-// two bf16 along k that one instruction multiplies and adds: depth then counts pairs. A alone may also be bf16 or f16,
+// two bf16 along k that one instruction multiplies and adds: depth then counts pairs. With `quad` depth counts four
+// bytes, those of B unsigned and those of A signed, and sums are integers. A alone may also be bf16 or f16,
 // converted as it is loaded.
 #pragma once
 #include "simd.h"
@@ -21,7 +22,9 @@ inline constexpr int kPanel = kPanelVectors * kLanes<A>;  // columns of a panel
 
 // Numbers along k in an element.
 template <class E>
-inline constexpr int64_t kPack = std::is_same_v<E, pair> ? 2 : 1;
+inline constexpr int64_t kPack = std::is_same_v<E, quad>   ? 4
+                                 : std::is_same_v<E, pair> ? 2
+                                                           : 1;
 
 // Rows of C in registers beside MV vectors of columns: 32 registers with AVX-512, else 16.
 template <int MV>

@@ -19,6 +19,8 @@ const Kernels table = {
     &linear_pack,
     &linear_forward,
     &linear_backward,
+    &linear_int8_pack,
+    &linear_int8,
     &cross_entropy_forward,
     &cross_entropy_backward,
     &rotary,

@@ -94,8 +94,8 @@ void linear_forward_in(const LinearForward& p) {
     }
     return;
   }
-  product<T>(p.rows, p.out, p.in, p.packed, LeftRows<T>{p.input, p.in},
-             [&](int64_t r, int64_t c, int64_t n, A* sums) { finish_row<T>(p, r, c, n, sums); });
+  product_of<T>(p.rows, p.out, p.in, p.packed, LeftRows<T>{p.input, p.in},
+                [&](int64_t r, int64_t c, int64_t n, A* sums) { finish_row<T>(p, r, c, n, sums); });
 }
 
 // A panel and kBlockSteps of its steps at a time.

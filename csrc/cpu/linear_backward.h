@@ -71,7 +71,7 @@ void grad_preactivation(const LinearBackward& p) {
 // `packed` from rows that are the steps of the product.
 template <class T>
 void pack_all_steps(const StridedRows& rows, int64_t columns, int64_t depth, void* packed) {
-  const int64_t steps = (depth + kStep<T> - 1) / kStep<T>, blocks = (steps + kBlockSteps - 1) / kBlockSteps;
+  const int64_t steps = steps_of<T>(depth), blocks = (steps + kBlockSteps - 1) / kBlockSteps;
   parallel_pieces(linear_panels(columns) * blocks, columns * depth < 1 << 16, [&](int64_t piece) {
     const int64_t panel = piece / blocks, s = piece % blocks * kBlockSteps, d = s * kStep<T>;
     pack_steps<Stored<T>, T>([&](int64_t i) HT_LAMBDA { return row_of<T>(rows, d + i) + panel * kLinearPanel; },
@@ -95,13 +95,13 @@ void linear_backward_in(const LinearBackward& p) {
   const StridedRows dz = p.grad_preactivation ? rows_of(p.grad_preactivation, p.out) : p.grad_output;
   if (p.grad_input) {
     pack_all_steps<T>(rows_of(p.weight, p.weight_row), p.in, p.out, p.packed_weight);
-    product<T>(p.rows, p.in, p.out, p.packed_weight, LeftRows<T>{dz, p.out},
-               [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_input, p.in, r, c, n, sums); });
+    product_of<T>(p.rows, p.in, p.out, p.packed_weight, LeftRows<T>{dz, p.out},
+                  [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_input, p.in, r, c, n, sums); });
   }
   if (p.grad_weight) {
     pack_all_steps<T>(p.input, p.in, p.rows, p.packed_input);
-    product<T>(p.out, p.in, p.rows, p.packed_input, LeftColumns<T>{dz, p.rows},
-               [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_weight, p.in, r, c, n, sums); });
+    product_of<T>(p.out, p.in, p.rows, p.packed_input, LeftColumns<T>{dz, p.rows},
+                  [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_weight, p.in, r, c, n, sums); });
   }
 }
 

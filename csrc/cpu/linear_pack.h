@@ -17,6 +17,10 @@ template <class T>
 using Stored = std::conditional_t<std::is_same_v<T, bf16>, pair, T>;
 template <class T>
 inline constexpr int64_t kStep = std::is_same_v<T, bf16> ? 2 : 1;  // numbers in an element
+template <class T>
+inline int64_t steps_of(int64_t depth) {
+  return (depth + kStep<T> - 1) / kStep<T>;
+}
 
 // The first elements of a row of `numbers` as a vector, a pair's bits in a lane; zeros past the end.
 template <class T>
@@ -46,7 +50,7 @@ template <class T>
 void pack_rows(const T* rows, int64_t row, int64_t columns, int64_t depth, Stored<T>* packed) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  const int64_t steps = (depth + kStep<T> - 1) / kStep<T>;
+  const int64_t steps = steps_of<T>(depth);
   for (int64_t s = 0; s < steps; s += L) {
     for (int64_t c = 0; c < kLinearPanel; c += L) {
       vec<A> square[L];

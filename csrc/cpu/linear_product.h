@@ -1,6 +1,6 @@
 // The one product of the linear family, for any number of rows:
 //
-//   C[r][c] = sum_d B[r][d] A[d][c],   B: rows of a tensor, or its columns;   A: packed panels of columns (linear.h)
+//   C[r][c] = sum_d B[r][d] A[d][c],   B: rows of a tensor, or its columns;   A: panels of columns (linear.h)
 //
 // Plan: pieces of work are (block of rows, group of panels). A piece goes through the summed dimension in blocks; in
 // each, a panel's block of A (kBlockSteps x kLinearPanel, in L1 or L2) is used for all rows of the piece, and B's
@@ -14,7 +14,8 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-inline constexpr int64_t kBlockSteps = 192;  // at most; each is summed on its own, so short ones round less
+inline constexpr int64_t kBlockSteps = 192;   // at most; each is summed on its own, so short ones round less
+inline constexpr int64_t kBlockMultiple = 4;  // of steps: a block begins where four bytes of int8 weights do
 inline constexpr int64_t kMostRows = 192, kMostPanels = 4;  // of a piece
 inline constexpr int64_t kWantedPieces = 16;
 
@@ -81,37 +82,76 @@ struct LeftColumns {
   }
 };
 
+// All columns of a panel: four vectors at a time where rows are too few to keep the multipliers busy with two.
+template <class E, class S>
+HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t steps, Accumulate<E>* c,
+                              int64_t pitch) {
+  constexpr int L = kLanes<Accumulate<E>>;
+  auto by = [&](auto vectors) HT_LAMBDA {
+    constexpr int MV = vectors;
+    for (int64_t v = 0; v < kLinearPanel; v += MV * L)
+      multiply_rows<E, MV, true>(rows, b, a + v, kLinearPanel, steps, c + v, pitch);
+  };
+  if (rows <= kBlockRows<4>)
+    by(std::integral_constant<int, 4>());
+  else
+    by(std::integral_constant<int, 2>());
+}
+
+// A as linear_pack leaves it, read in place.
+template <class S>
+struct PackedPanels {
+  static constexpr int64_t kBuffer = 0;
+  const S* data;
+  int64_t steps;  // of a panel
+
+  template <class E>
+  const S* block(int64_t panel, int64_t s, int64_t, E*) const {
+    return data + (panel * steps + s) * kLinearPanel;
+  }
+};
+
 // finish(r, c, n, sums): row r of C, n columns from c on; sums may be overwritten.
-template <class T, class Left, class Finish>
-void product(int64_t rows, int64_t columns, int64_t depth, const void* panels, const Left& left, const Finish& finish) {
-  using E = Factor<T>;
-  using A = Accumulate<T>;
+template <class E, class Panels, class Left, class Finish>
+void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels, const Left& left,
+             const Finish& finish) {
+  using A = Accumulate<E>;
   constexpr int L = kLanes<A>;
   const ProductCut cut(rows, columns);
-  const int64_t steps = (depth + kStep<T> - 1) / kStep<T>, all_panels = linear_panels(columns);
-  const int64_t blocks = (steps + kBlockSteps - 1) / kBlockSteps, block = steps ? (steps + blocks - 1) / blocks : 1;
-  parallel_pieces(cut.row_blocks * cut.groups, is_small(rows, columns, depth), [&](int64_t piece) {
+  const int64_t all_panels = linear_panels(columns), blocks = most(1, (steps + kBlockSteps - 1) / kBlockSteps);
+  const int64_t block = ((steps + blocks - 1) / blocks + kBlockMultiple - 1) / kBlockMultiple * kBlockMultiple;
+  parallel_pieces(cut.row_blocks * cut.groups, is_small(rows, columns, steps * kPack<E>), [&](int64_t piece) {
     // Pieces that share a group of panels follow each other.
     const int64_t r = piece % cut.row_blocks * cut.rows, group = piece / cut.row_blocks * cut.panels;
     const int64_t n = least(cut.rows, rows - r), own = least(cut.panels, all_panels - group);
     const int64_t pitch = own * kLinearPanel;
     if (n <= 0) return;
-    Arena arena(Arena::bytes_of<A>(n * pitch) + Arena::bytes_of<E>((n + L) * kBlockSteps));
+    Arena arena(Arena::bytes_of<A>(n * pitch) + Arena::bytes_of<E>((n + L) * kBlockSteps) +
+                Arena::bytes_of<E>(Panels::kBuffer));
     A* c = arena.take<A>(n * pitch);
-    E* buffer = arena.take<E>((n + L) * kBlockSteps);
+    E* left_buffer = arena.take<E>((n + L) * kBlockSteps);
+    E* buffer = arena.take<E>(Panels::kBuffer);
     __builtin_memset(c, 0, n * pitch * sizeof(A));
     for (int64_t s = 0; s < steps; s += block) {
       const int64_t now = least(block, steps - s);
-      const Broadcast<E> b = left.block(r, n, s, now, buffer);
+      const Broadcast<E> b = left.block(r, n, s, now, left_buffer);
       for (int64_t panel = 0; panel < own; ++panel) {
-        const Stored<T>* a = static_cast<const Stored<T>*>(panels) + ((group + panel) * steps + s) * kLinearPanel;
-        for (int64_t v = 0; v < kLinearPanel; v += 2 * L)
-          multiply_rows<E, 2, true>(n, b, a + v, kLinearPanel, now, c + panel * kLinearPanel + v, pitch);
+        const auto* a = panels.block(group + panel, s, now, buffer);
+        multiply_panel(n, b, a, now, c + panel * kLinearPanel, pitch);
       }
     }
     const int64_t first = group * kLinearPanel;
     for (int64_t i = 0; i < n; ++i) finish(r + i, first, least(pitch, columns - first), c + i * pitch);
   });
+}
+
+// With a packed matrix of T.
+template <class T, class Left, class Finish>
+void product_of(int64_t rows, int64_t columns, int64_t depth, const void* packed, const Left& left,
+                const Finish& finish) {
+  const int64_t steps = steps_of<T>(depth);
+  product<Factor<T>>(rows, columns, steps, PackedPanels<Stored<T>>{static_cast<const Stored<T>*>(packed), steps}, left,
+                     finish);
 }
 
 // Row r of a contiguous [*, columns] tensor from c on.

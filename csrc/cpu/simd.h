@@ -80,6 +80,23 @@ template <>
 struct VectorOf<pair> {
   using type = u32;
 };
+// Four neighbours along the summed dimension, in one lane: of weights signed, of what they are multiplied with
+// unsigned.
+struct quad {
+  uint8_t bytes[4];
+};
+template <>
+struct VectorOf<quad> {
+  using type = u32;
+};
+template <>
+struct VectorOf<int32_t> {
+  using type = i32;
+};
+template <>
+struct AccumulateOf<quad> {
+  using type = int32_t;
+};
 template <class A>
 inline constexpr DType kDType = sizeof(A) == 8 ? DType::f64 : DType::f32;
 template <class A>
@@ -100,6 +117,12 @@ HT_INLINE vec<A> broadcast(A a) {
 }
 
 HT_INLINE u32 broadcast(pair a) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return u32{} + bits;
+}
+
+HT_INLINE u32 broadcast(quad a) {
   uint32_t bits;
   __builtin_memcpy(&bits, &a, sizeof bits);
   return u32{} + bits;
@@ -213,6 +236,36 @@ HT_INLINE u32 narrow_pair(f32 first, f32 second) {
 #endif
 }
 
+// ---- bytes --------------------------------------------------------------------------------------------------------
+
+// float(signed byte number i of each lane)
+template <int i>
+HT_INLINE f32 signed_byte(u32 quads) {
+  return __builtin_convertvector((i32)(quads << (24 - 8 * i)) >> 24, f32);
+}
+
+// To the nearest integer, to even in the middle. Unlike v + 0.5 it leaves nothing to contract, so all ISAs agree.
+HT_INLINE i32 round_to_integer(f32 v) {
+#if defined(HT_AVX512)
+  return (i32)_mm512_maskz_cvtps_epi32(0xffff, (__m512)v);  // GCC 12 warns inside the plain form
+#elif defined(HT_AVX2)
+  return (i32)_mm256_cvtps_epi32((__m256)v);
+#elif defined(HT_SSE2)
+  return (i32)__builtin_ia32_cvtps2dq(v);
+#else
+  i32 r;
+  for (int i = 0; i < kLanes<float>; ++i) r[i] = int32_t(__builtin_rintf(v[i]));
+  return r;
+#endif
+}
+
+// The lowest byte of each lane, one after the other.
+HT_INLINE void store_bytes(quad* p, i32 v) {
+  using bytes = uint8_t __attribute__((vector_size(kVectorBytes / 4)));
+  const bytes b = __builtin_convertvector(v, bytes);
+  __builtin_memcpy(p, &b, sizeof b);
+}
+
 // ---- products ---------------------------------------------------------------------------------------------------
 
 // Whether this ISA multiplies pairs in one instruction. The emulated one tests the code that uses it.
@@ -234,16 +287,40 @@ HT_INLINE f32 multiply_add(u32 a, u32 b, f32 sum) {
 #endif
 }
 
+// sum + the four products of a's unsigned with b's signed bytes: the same integers on every ISA
+HT_INLINE i32 multiply_add(u32 a, u32 b, i32 sum) {
+#if defined(HT_AVX512) && defined(__AVX512VNNI__)
+  return (i32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(HT_AVX512)
+  // In 16 bits, bytes 0 and 2, then 1 and 3. (The instruction for bytes, vpmaddubsw, would saturate.)
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512((__m512i)a, _mm512_set1_epi16(0xff)),
+                                         _mm512_srai_epi16(_mm512_slli_epi16((__m512i)b, 8), 8));
+  const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16((__m512i)a, 8), _mm512_srai_epi16((__m512i)b, 8));
+  return sum + (i32)even + (i32)odd;
+#elif defined(HT_AVX2)
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256((__m256i)a, _mm256_set1_epi16(0xff)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)a, 8), _mm256_srai_epi16((__m256i)b, 8));
+  return sum + (i32)even + (i32)odd;
+#else
+  for (int shift = 0; shift < 32; shift += 8) sum += (i32)(a >> shift & 0xff) * ((i32)(b << (24 - shift)) >> 24);
+  return sum;
+#endif
+}
+
 // ---- memory -----------------------------------------------------------------------------------------------------
 
 HT_INLINE f32 load(const float* p) { return load_bits<f32>(p); }
 HT_INLINE f64 load(const double* p) { return load_bits<f64>(p); }
+HT_INLINE i32 load(const int32_t* p) { return load_bits<i32>(p); }
 HT_INLINE u32 load(const pair* p) { return load_bits<u32>(p); }
+HT_INLINE u32 load(const quad* p) { return load_bits<u32>(p); }
 HT_INLINE f32 load(const bf16* p) { return widen(p); }
 HT_INLINE f32 load(const f16* p) { return widen(p); }
 
 HT_INLINE f32 narrow(f32 v, const float*) { return v; }
 HT_INLINE f64 narrow(f64 v, const double*) { return v; }
+HT_INLINE i32 narrow(i32 v, const int32_t*) { return v; }
 HT_INLINE u16_half narrow(f32 v, const bf16*) { return narrow_bf16(v); }
 HT_INLINE u16_half narrow(f32 v, const f16*) { return narrow_f16(v); }
 
@@ -277,6 +354,17 @@ template <class T>
 HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
   using A = Accumulate<T>;
   if (n >= kLanes<A>) return load(p);
+#if defined(HT_AVX512)
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    return (vec<A>)_mm512_maskz_loadu_pd(__mmask8(mask), p);
+  } else if constexpr (sizeof(T) == 4) {
+    return (vec<A>)_mm512_maskz_loadu_ps(__mmask16(mask), p);
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(__mmask16(mask), p);
+    return widen(reinterpret_cast<const T*>(&bits));
+  }
+#endif
   T a[kLanes<A>] = {};
   __builtin_memcpy(a, p, n * sizeof(T));
   return load(a);
@@ -285,6 +373,16 @@ HT_INLINE vec<Accumulate<T>> load_first(const T* p, int64_t n) {
 template <class T, class V>
 HT_INLINE void store_first(T* p, V v, int64_t n) {
   if (n >= kLanes<Accumulate<T>>) return store(p, v);
+#if defined(HT_AVX512)
+  const auto bits = narrow(v, p);
+  const unsigned mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8)
+    return _mm512_mask_storeu_pd(p, __mmask8(mask), (__m512d)bits);
+  else if constexpr (sizeof(T) == 4)
+    return _mm512_mask_storeu_ps(p, __mmask16(mask), (__m512)bits);
+  else
+    return _mm256_mask_storeu_epi16(p, __mmask16(mask), (__m256i)bits);
+#endif
   T a[kLanes<Accumulate<T>>];
   store(a, v);
   __builtin_memcpy(p, a, n * sizeof(T));

@@ -14,6 +14,7 @@ from ._version import __version__
 from .backends import FallbackError, FallbackWarning, backend, strict
 from .explain import Explanation, explain
 from .info import Info, info
+from .quantize import QuantizeReport, quantize
 from .replace import Report, replace
 
 from . import flash_attn, nn, ops, reference, testing  # isort: skip  (ops registers the fake kernels)
@@ -24,6 +25,7 @@ __all__ = [
     "FallbackError",
     "FallbackWarning",
     "Info",
+    "QuantizeReport",
     "Report",
     "__version__",
     "backend",
@@ -32,6 +34,7 @@ __all__ = [
     "info",
     "nn",
     "ops",
+    "quantize",
     "reference",
     "replace",
     "strict",

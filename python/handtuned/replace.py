@@ -107,14 +107,19 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
     __repr__ = __str__
+
+
+def as_text(report: Any) -> str:
+    """What a report prints as."""
+    from rich.console import Console
+
+    console = Console(width=120, no_color=True)
+    with console.capture() as capture:
+        console.print(report)
+    return capture.get()
 
 
 def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) -> Report:

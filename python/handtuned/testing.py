@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, ops, reference
 
 Sample = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
@@ -35,6 +35,7 @@ def op_samples(device: str = "cpu") -> Iterator[Sample]:
     yield from _attention_samples(device)
     yield from _rnn_samples(device)
     yield from _linear_samples(device)
+    yield from _linear_int8_samples(device)
     yield from _cross_entropy_samples(device)
     yield from _rotary_samples(device)
 
@@ -252,6 +253,29 @@ def _linear_samples(device: str) -> Iterator[Sample]:
         yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, True, True, has_bias), {}
         yield ops.linear_backward, (dy, x, w, bias, z, activation, p, key, False, True, False), {}
     yield ops.linear_pack, (draw(0, 4, dtype=torch.float32),), {}
+
+
+def _linear_int8_samples(device: str) -> Iterator[Sample]:
+    draw = _drawer(device)
+    seed = torch.tensor([1234567890123], device=device)
+    # rows, in, out, dtype, activation, dropout_p, bias, residual
+    cases = [
+        ((3,), 5, 7, torch.float32, 0, 0.0, True, False),
+        ((2, 4), 9, 70, torch.float32, 2, 0.3, True, True),
+        ((2, 3), 7, 3, torch.bfloat16, 3, 0.3, True, False),
+        ((9,), 4, 6, torch.float16, 1, 0.0, False, True),
+        ((0,), 4, 6, torch.float32, 2, 0.0, True, False),
+    ]
+    for rows, k, n, dtype, activation, p, has_bias, has_residual in cases:
+        q, scale = reference.quantize_weight(draw(n, k, dtype=torch.float32))
+        yield ops.linear_int8_pack, (q,), {}
+        given = (draw(*rows, k, dtype=dtype), ops.linear_int8_pack(q), scale)
+        bias = draw(n, dtype=dtype) if has_bias else None
+        residual = draw(*rows, n, dtype=dtype) if has_residual else None
+        for quantize_input in (False, True):
+            args = (bias, residual, activation, p, seed if p else None, quantize_input, not quantize_input)
+            yield ops.linear_int8, (*given, *args), {}
+    yield ops.linear_int8_pack, (torch.zeros(0, 4, dtype=torch.int8, device=device),), {}
 
 
 def _cross_entropy_samples(device: str) -> Iterator[Sample]:

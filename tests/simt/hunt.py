@@ -29,8 +29,8 @@ F64, BF16 = torch.float64, torch.bfloat16
 LAYER, RMS, ADD_LAYER, ADD_RMS = cases.FORMS
 DROP_LAYER, DROP_RMS = cases.DROPOUTS
 
-# Few and small, but every branch of every kernel: packs and elements, short rows and rows of several warps, rows held in
-# registers, in shared memory and nowhere, every option and its absence.
+# Few and small, but every branch of every kernel: packs and elements, short rows and rows of several warps, rows held
+# in registers, in shared memory and nowhere, every option and its absence.
 CASES = (
     DROP_LAYER.with_(shape=(35, 72)),
     DROP_LAYER.with_(shape=(3, 1337), dtype=BF16, weight_dtype=torch.float32),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn.functional import attention_weights, scaled_dot_product_attention
+from ..nn.functional import attention_varlen, attention_weights, scaled_dot_product_attention
 from ..replace import Left, Report, find_twin, replace_by
 from .transformers_blocks import find_block
 
@@ -128,6 +128,8 @@ def attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls instead of its own attention functions.
@@ -138,6 +140,8 @@ def attention(
         attention_mask: what `mask` returned, or a mask of the model's own. Without one, causal attention is top-left;
             transformers leaves it out only where that is right.
         s_aux: sinks, (H,).   position_bias: added to the scores, broadcastable to (B, H, Lq, Lk).
+        cu_seq_lens_q, cu_seq_lens_k: where the sequences of a packed batch begin, as transformers' flash attention has
+            them (see `packed`). A mask says the same, so they are read only where there is none.
         others: ignored, but for output_attentions. A sliding window is in the mask already.
 
     Returns:
@@ -145,6 +149,16 @@ def attention(
     """
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and attention_mask is None and position_bias is None:
+        if others.get("output_attentions"):
+            raise RuntimeError(
+                "handtuned.integrations.transformers: output_attentions is True, but a packed batch has no matrix of "
+                "weights; pass the batch with padding"
+            )
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        options: dict[str, Any] = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux, dropout_p=dropout)
+        rows = attention_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, is_causal=is_causal, **options)
+        return torch.as_tensor(rows)[None], None
     causal = is_causal and attention_mask is None and query.shape[2] > 1
     both = _added(attention_mask, position_bias)
     scores: dict[str, Any] = dict(attn_mask=both, is_causal=causal, scale=scaling, softcap=softcap or 0.0)
@@ -156,6 +170,36 @@ def attention(
     if others.get("output_attentions"):
         weights = torch.as_tensor(attention_weights(query, key, lse, **scores)).to(query.dtype)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def packed(
+    input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, first_position: int = 0
+) -> dict[str, Tensor]:
+    """What a tokenizer returned, without its padding: all sentences in one row, for models with this attention.
+
+        inputs = tokenizer(sentences, padding=True, return_tensors="pt")
+        hidden = model(**packed(**inputs)).last_hidden_state[0]          # (tokens, width)
+        by_sentence = hidden.split(inputs["attention_mask"].sum(1).tolist())
+
+    Each sentence attends to itself alone. Encoders gain most: their products and norms then see no padding.
+
+    Args:
+        input_ids, attention_mask, token_type_ids: (B, L), padded on whichever side.
+        first_position: of each sentence; RoBERTa and its kin count from their padding index + 1.
+
+    Returns:
+        Keyword arguments of the model's forward: the tensors as (1, tokens), position_ids, and where sentences begin
+        in the names of transformers' own flash attention.
+    """
+    kept = attention_mask.bool()
+    lengths = kept.sum(1)
+    positions = (kept.cumsum(1) - 1 + first_position)[kept]
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest: Any = int(lengths.max()) if len(lengths) else 0
+    found = {"input_ids": input_ids[kept][None], "position_ids": positions[None]}
+    if token_type_ids is not None:
+        found["token_type_ids"] = token_type_ids[kept][None]
+    return found | {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
 
 
 def _added(attention_mask: Tensor | None, position_bias: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from . import functional
 from .attention import MultiheadAttention
 from .feed_forward import GEGLU, SwiGLU
 from .linear import Linear
+from .linear_int8 import Int8Linear
 from .norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from .positional import SinusoidalPositionalEncoding
 from .rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -24,6 +25,7 @@ __all__ = [
     "AddLayerNorm",
     "AddRMSNorm",
     "GRUCell",
+    "Int8Linear",
     "LSTMCell",
     "LayerNorm",
     "Linear",

@@ -24,6 +24,7 @@ from .linear import (
     linear_inference,
     linear_pack,
 )
+from .linear_int8 import LINEAR_INT8_OPS, MOST_QUANTIZED, LinearInt8Arguments, linear_int8, linear_int8_pack
 from .norm import (
     NORM_OPS,
     NormArguments,
@@ -51,11 +52,13 @@ from .rnn import (
 )
 from .rotary import ROTARY_OPS, RotaryArguments, append_kv, rotary
 
-OPS = {**NORM_OPS, **ATTENTION_OPS, **LINEAR_OPS, **CROSS_ENTROPY_OPS, **ROTARY_OPS, **RNN_OPS}
+_LINEAR_OPS = {**LINEAR_OPS, **LINEAR_INT8_OPS, **CROSS_ENTROPY_OPS}
+OPS = {**NORM_OPS, **ATTENTION_OPS, **_LINEAR_OPS, **ROTARY_OPS, **RNN_OPS}
 _FAMILIES: tuple[tuple[dict[str, Any], type[Arguments]], ...] = (
     (NORM_OPS, NormArguments),
     (ATTENTION_OPS, AttentionArguments),
     (LINEAR_OPS, LinearArguments),
+    (LINEAR_INT8_OPS, LinearInt8Arguments),
     ({"rnn_cell": rnn_cell}, RnnCellArguments),
     (CROSS_ENTROPY_OPS, CrossEntropyArguments),
     (ROTARY_OPS, RotaryArguments),
@@ -66,7 +69,10 @@ __all__ = [
     "ATTENTION_OPS",
     "CELLS",
     "CROSS_ENTROPY_OPS",
+    "GATES",
+    "LINEAR_INT8_OPS",
     "LINEAR_OPS",
+    "MOST_QUANTIZED",
     "NORM_OPS",
     "OPS",
     "RATES",
@@ -89,6 +95,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "linear_inference",
+    "linear_int8",
+    "linear_int8_pack",
     "linear_pack",
     "packed_bytes",
     "rms_norm",

@@ -30,18 +30,16 @@ def packed_shape(weight: Tensor) -> list[int]:
 class LinearArguments(Arguments):
     def __init__(self, op: Any, args: tuple[Any, ...]) -> None:
         super().__init__(op, args)
-        self.main_name = "weight" if self.op == "linear_pack" else "input"
+        self.main_name = "weight" if self.op.endswith("_pack") else "input"
         self.main: Tensor = self[self.main_name]
-        self.weight: Tensor = self["weight"]
+        self.weight: Tensor = self["weight"]  # absent where an int8 one is packed
 
     def check(self) -> None:
         self.check_dtype()
         if self.weight is not self.main:
             self._check_like_input("weight", self.weight)
         w = self.weight
-        self.require(
-            w.dim() == 2, f"weight has shape {list(w.shape)}, expected [out_features, in_features]; reshape it"
-        )
+        self.check_weight()
         if self.op == "linear_pack":
             return
         n, k = w.shape
@@ -51,14 +49,34 @@ class LinearArguments(Arguments):
             f"input has shape {list(x.shape)}, expected [*, {k}] beside weight of shape {list(w.shape)}; "
             "its last dim is in_features",
         )
-        activation = self["activation"]
+        self.check_rest(n)
+        if self["packed"] is not None:
+            self._check_like_input("packed", self["packed"])
+            self.check_packed(self["packed"], packed_shape(w), "linear_pack")
+
+    def check_weight(self) -> None:
+        w = self.weight
+        self.require(
+            w.dim() == 2, f"weight has shape {list(w.shape)}, expected [out_features, in_features]; reshape it"
+        )
+
+    def check_packed(self, packed: Tensor, shape: list[int], maker: str) -> None:
+        self.require(
+            list(packed.shape) == shape and packed.is_contiguous(),
+            f"packed has shape {list(packed.shape)}, expected a contiguous {shape}; "
+            f"pass what {maker} made of this weight",
+        )
+
+    def check_rest(self, n: int) -> None:
+        """What is beside input and weight, where the weight has n rows."""
+        x, activation = self.main, self["activation"]
         self.require(
             0 <= activation < len(ACTIVATIONS),
             f"activation is {activation}, the limits are 0 and {len(ACTIVATIONS) - 1}; "
             "pass the number of an activation",
         )
         self.check_dropout()
-        bias, packed = self["bias"], self["packed"]
+        bias = self["bias"]
         if bias is not None:
             self._check_like_input("bias", bias)
             self._check_shape("bias", bias, [n])
@@ -66,14 +84,6 @@ class LinearArguments(Arguments):
             if self[name] is not None:
                 self._check_like_input(name, self[name])
                 self._check_shape(name, self[name], [*x.shape[:-1], n])
-        if packed is not None:
-            self._check_like_input("packed", packed)
-            shape = packed_shape(w)
-            self.require(
-                list(packed.shape) == shape and packed.is_contiguous(),
-                f"packed has shape {list(packed.shape)}, expected a contiguous {shape}; "
-                "pass what linear_pack made of this weight",
-            )
         saved = self["preactivation"]
         if saved is not None:
             self._check_like_input("preactivation", saved)

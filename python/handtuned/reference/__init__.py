@@ -4,6 +4,7 @@ backward and devices without a kernel. Differentiable, any dtype, any device, no
 from .attention import attention, attention_backward
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from .linear import linear, linear_backward, linear_inference, linear_pack
+from .linear_int8 import dequantize, linear_int8, linear_int8_pack, linear_int8_unpack, quantize_weight
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -28,6 +29,7 @@ __all__ = [
     "append_kv",
     "attention",
     "attention_backward",
+    "dequantize",
     "dropout_factor",
     "layer_norm",
     "layer_norm_backward",
@@ -37,7 +39,11 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "linear_inference",
+    "linear_int8",
+    "linear_int8_pack",
+    "linear_int8_unpack",
     "linear_pack",
+    "quantize_weight",
     "recur",
     "rms_norm",
     "rms_norm_backward",

@@ -5,6 +5,7 @@ from .attention_tools import attention_weights, merge_attention
 from .cross_entropy import linear_cross_entropy
 from .kv_cache import attention_with_kv_cache
 from .linear import linear, pack_linear_weight
+from .linear_int8 import linear_int8, pack_int8_weight, quantize_linear_weight
 from .multi_head_attention import multi_head_attention_forward
 from .norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from .rnn import gru, gru_cell, lstm, lstm_cell, pack_rnn_weights, rnn, rnn_cell
@@ -21,12 +22,15 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_int8",
     "lstm",
     "lstm_cell",
     "merge_attention",
     "multi_head_attention_forward",
+    "pack_int8_weight",
     "pack_linear_weight",
     "pack_rnn_weights",
+    "quantize_linear_weight",
     "rms_norm",
     "rnn",
     "rnn_cell",

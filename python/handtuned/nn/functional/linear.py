@@ -72,6 +72,15 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(cast)
 
 
+def activation_number(op: str, activation: str) -> int:
+    number = _NUMBER.get(activation)
+    if number is None:
+        raise RuntimeError(
+            f"handtuned.{op}: activation is {activation!r}, allowed are {', '.join(ACTIVATIONS)}; pass one of them"
+        )
+    return number
+
+
 def pack_linear_weight(weight: Tensor) -> Tensor:
     """The weight in the order in which linear reads it, for linear's argument `packed`.
 
@@ -114,11 +123,7 @@ def linear(
     Returns:
         A contiguous tensor (*, out_features) of input's dtype.
     """
-    number = _NUMBER.get(activation)
-    if number is None:
-        raise RuntimeError(
-            f"handtuned.linear: activation is {activation!r}, allowed are {', '.join(ACTIVATIONS)}; pass one of them"
-        )
+    number = activation_number("linear", activation)
     if _any_autocast():
         before = weight
         input, weight, bias, residual = _autocast(input, weight, bias, residual)  # type: ignore[assignment]
