@@ -325,6 +325,11 @@ def _mask_cases() -> list[Case]:
         cases += [BASE.with_(mask=hidden, mask_dims=dims, mask_dtype=F32, dtype=(BF16, F16)[i % 2], kv_heads=1)]
         if i % 3 == 0:
             cases += [BASE.with_(mask="add_inf", mask_dims=dims, window=(9, 4), dtype=F64)]
+    # Many batch entries share a mask, so pieces take several of them.
+    cases += [
+        Case((70, 3, 9, 20, 8), mask="add", mask_dims="hqk", softcap=cap, dtype=dtype)
+        for cap, dtype in ((5.0, F32), (0.0, BF16))
+    ]
     for mask in ("add_min", "add_inf"):
         cases += [BASE.with_(mask=mask, mask_dims="b11k", dtype=dtype) for dtype in (F32, BF16, F16)]
     return cases

@@ -54,6 +54,8 @@ LARGE = [
     Case((2, 8, 3, 1500, 40), kv_heads=2, dtype=F16, lengths=(1500, 700), grad_lse=True),
     Case((3, 4, 0, 0, 16), packed=((150, 3, 200), (90, 400, 210)), mask="add", mask_dims="h1k", kv_heads=2),
     Case((5, 3, 70, 70, 16), mask="add", mask_dims="1", softcap=5.0, alibi="h"),
+    Case((70, 3, 49, 49, 16), mask="add", mask_dims="hqk", softcap=5.0, dropout=0.1),
+    Case((3, 4, 90, 300, 24), kv_heads=2, mask="add_inf", lengths=(300, 0, 170), dtype=BF16),
     ALL,
     ALL_PACKED,
 ]
