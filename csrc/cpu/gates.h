@@ -4,9 +4,8 @@
 //   x, s    W_x x_t + b_x and W_h h + b_h, a vector of each gate
 //   h, c    the unit's state and cell state before the step
 //   kCell   whether there is a c at all
-//   keep    what the step leaves for the backward; of a cell with c, the last is c after the step, which the caller
-//   adds d       gradients of the pre-activations in slots: those of x are the first kGates; those of s are the slots
-//   that
+//   keep    what the step leaves for the backward; the caller adds c after the step as the last, if there is one
+//   d       gradients of the pre-activations in slots: those of x are the first kGates, those of s the slots that
 //           kStateSlots names (they differ where a gate multiplies one of the two before they meet)
 // step() returns h' and leaves c' in c. back() takes the gradient dh of h', in dc that of c', and one state more: c
 // before the step (LSTM) or h before it (GRU). It leaves the gradient of c in dc and returns the part of h's that does
