@@ -1,12 +1,8 @@
-"""What holds of the recurrent family exactly, or in every form: lengths, edges, threads, derivatives."""
+"""What holds of the recurrent family exactly, or in every form: lengths, edges, derivatives."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -23,26 +19,6 @@ import handtuned
 from handtuned import nn
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
-
-WATCHDOG = 60  # seconds after which what waits for a lost thread is given up
-
-
-def with_watchdog(function: Callable[[], object]) -> None:
-    """Runs function in a thread; a deadlock fails the test instead of holding it up."""
-    failed: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            function()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=body, daemon=True)
-    thread.start()
-    thread.join(WATCHDOG)
-    assert not thread.is_alive(), f"still waiting after {WATCHDOG} s"
-    if failed:
-        raise failed[0]
 
 
 # ---- lengths ---------------------------------------------------------------------------------------------------------
@@ -161,101 +137,6 @@ def test_strides_change_no_bit(isa: str, case: Case) -> None:
         ),
     )
     assert_same_bits(turned, expected)
-
-
-# ---- threads ---------------------------------------------------------------------------------------------------------
-
-LARGE = [
-    Case("LSTM", (9, 3, 40, 150), layers=2, bidirectional=True, states=True),
-    Case("GRU", (12, 1, 30, 260), states=True),
-    Case("RNN_TANH", (6, 40, 33, 100), lengths=tuple(range(1, 7)) * 6 + (0, 3, 6, 2), bidirectional=True),
-    Case("LSTM", (5, 9, 20, 96), proj=33, dtype=torch.bfloat16),
-]
-
-
-@pytest.mark.cases(LARGE)
-def test_same_bits_for_any_number_of_threads(isa: str, case: Case) -> None:
-    t = rc.tensors(case)
-    torch.set_num_threads(1)
-    expected = rc.results(case, t)
-
-    def check() -> None:
-        for threads in (2, 3, 5):
-            torch.set_num_threads(threads)
-            assert_same_bits(rc.results(case, t), expected)
-
-    with_watchdog(check)
-
-
-def test_calls_from_several_python_threads(isa: str) -> None:
-    """Also with fewer threads to spare than each call asks for."""
-    inputs = [rc.tensors(LARGE[0], draw) for draw in range(3)]
-    expected = [rc.results(LARGE[0], t) for t in inputs]
-
-    def check() -> None:
-        with ThreadPoolExecutor(3) as pool:
-            found = list(pool.map(lambda t: rc.results(LARGE[0], t), inputs * 2))
-        for actual, wanted in zip(found, expected * 2, strict=True):
-            assert_same_bits(actual, wanted)
-
-    with_watchdog(check)
-
-
-def run_program(program: str, *arguments: str) -> str:
-    """In a process of its own, with the watchdog."""
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=WATCHDOG)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_more_threads_than_the_machine_has() -> None:
-    """Slices that stand in one region wait for each other whoever serves them."""
-    program = """
-import torch, handtuned
-torch.manual_seed(0)
-m, x = handtuned.nn.LSTM(20, 200, 2, bidirectional=True), torch.randn(20, 2, 20)
-torch.set_num_threads(1)
-expected = m(x)[0]
-for threads in (2, 7, 16):
-    torch.set_num_threads(threads)
-    assert m(x)[0].equal(expected), threads
-print("same")
-"""
-    assert run_program(program) == "same\n"
-
-
-def test_inside_other_threads() -> None:
-    """Called from more Python threads than there are cores, and in autograd's own thread."""
-    program = """
-import concurrent.futures, torch, handtuned
-torch.manual_seed(0)
-m, xs = handtuned.nn.GRU(20, 200), [torch.randn(20, 2, 20) for _ in range(6)]
-expected = [m(x)[0].detach() for x in xs]
-with concurrent.futures.ThreadPoolExecutor(6) as pool:
-    found = list(pool.map(lambda x: m(x)[0].detach(), xs))
-assert all(a.equal(b) for a, b in zip(found, expected))
-x = xs[0].clone().requires_grad_()
-m(x)[0].sum().backward()
-print("done")
-"""
-    assert run_program(program) == "done\n"
-
-
-def test_after_a_fork() -> None:
-    """A child has none of its parent's threads; with its own it goes on."""
-    program = """
-import os, sys, torch, handtuned
-torch.manual_seed(0)
-m, x = handtuned.nn.LSTM(20, 200), torch.randn(20, 2, 20)
-torch.set_num_threads(1)  # OpenMP's own limit: a parent that has used its pool cannot be forked
-expected = m(x)[0].detach()
-child = os.fork()
-if child == 0:
-    os._exit(0 if m(x)[0].detach().equal(expected) else 1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    assert run_program(program) == "0\n"
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
