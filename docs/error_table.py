@@ -30,10 +30,16 @@ from handtuned.nn import functional as F
 PAGE = Path(__file__).parent / "numerics.md"
 BEGIN, END = "<!-- error table: docs/error_table.py -->", "<!-- /error table -->"
 ROWS, COLS, EPS = 512, 768, 1e-5
+STEPS, BATCH, HIDDEN = 32, 16, 256
 ALLOWED = 1.5
+EXCEPTIONS = {  # from the contract; the page names them
+    ("gru", "float32", "grad of input"),
+    ("rnn, tanh", "float32", "grad of input"),
+}
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm", "add_layer_norm, dropout 0.1", "linear, gelu")
+CELLS = {"lstm": 4, "gru": 3, "rnn, tanh": 1}  # gates of each
 TENSORS = ("output", "grad of input", "grad of weight", "grad of bias")
 
 Result = dict[str, Tensor]
@@ -43,21 +49,32 @@ Errors = dict[tuple[str, str], dict[str, tuple[float, float]]]  # (op, dtype) ->
 # ---- the three that are compared ------------------------------------------------------------------------------------
 
 
-def torch_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+# `second` is what is added in the add forms and W_ih of a recurrent layer, whose w and b are W_hh and b_hh.
+
+
+def torch_form(op: str, x: Tensor, second: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
     """What one writes without handtuned; also the float64 formula when the tensors are float64."""
+    if op in CELLS:
+        layer = {"lstm": torch._VF.lstm, "gru": torch._VF.gru, "rnn, tanh": torch._VF.rnn_tanh}[op]
+        zero = x.new_zeros(1, BATCH, HIDDEN)
+        weights = [second, w, torch.zeros_like(b), b]
+        return (layer(x, (zero, zero) if op == "lstm" else zero, weights, True, 1, 0.0, False, False, False)[0],)
     if "linear" in op:
         return (torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b)),)
     if "dropout" in op:
         x = x * factor.to(x.dtype)
-    h = x + residual if op.startswith("add") else x
+    h = x + second if op.startswith("add") else x
     if "rms" in op:
         return (torch.nn.functional.rms_norm(h, (COLS,), w, EPS),)
     return (torch.nn.functional.layer_norm(h, (COLS,), w, b, EPS),)
 
 
-def handtuned_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
+def handtuned_form(op: str, x: Tensor, second: Tensor, w: Tensor, b: Tensor, factor: Tensor) -> tuple[Tensor, ...]:
     torch.manual_seed(0)  # the dropout's seed, as `factor` was made
     p = 0.1 if "dropout" in op else 0.0
+    if op in CELLS:
+        layer = {"lstm": F.lstm, "gru": F.gru, "rnn, tanh": F.rnn}[op]
+        return (layer(x, None, (second, w, torch.zeros_like(b), b))[0],)
     if "linear" in op:
         return (F.linear(x, w, b, activation="gelu"),)
     if op == "layer_norm":
@@ -65,13 +82,13 @@ def handtuned_form(op: str, x: Tensor, residual: Tensor, w: Tensor, b: Tensor, f
     if op == "rms_norm":
         return (F.rms_norm(x, (COLS,), w, EPS),)
     if op == "add_rms_norm":
-        return F.add_rms_norm(x, residual, (COLS,), w, EPS, p)
-    return F.add_layer_norm(x, residual, (COLS,), w, b, EPS, p)
+        return F.add_rms_norm(x, second, (COLS,), w, EPS, p)
+    return F.add_layer_norm(x, second, (COLS,), w, b, EPS, p)
 
 
 def run(form: Callable[..., tuple[Tensor, ...]], op: str, inputs: list[Tensor], factor: Tensor, dy: Tensor) -> Result:
-    x, residual, w, b = (t.detach().clone().requires_grad_() for t in inputs)
-    output = form(op, x, residual, w, b, factor)[0]
+    x, second, w, b = (t.detach().clone().requires_grad_() for t in inputs)
+    output = form(op, x, second, w, b, factor)[0]
     output.backward(dy)
     found = {"output": output.detach(), "grad of input": x.grad, "grad of weight": w.grad, "grad of bias": b.grad}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
@@ -94,16 +111,24 @@ def measure() -> Errors:
     exact_inputs = [draw(ROWS, COLS) + 0.5, draw(ROWS, COLS), 1 + 0.2 * draw(COLS), 0.2 * draw(COLS)]
     exact_dy = draw(ROWS, COLS)
     linear_weight = draw(COLS, COLS) / COLS**0.5
-    norm_weight = exact_inputs[2]
     torch.manual_seed(0)
     seed = torch.randint(2**63 - 1, (1,))
     factor = reference.dropout_factor(torch.Size((ROWS, COLS)), 1, 0.1, seed, torch.float64)
 
+    cases = {op: ([*exact_inputs], exact_dy) for op in OPS}
+    cases["linear, gelu"][0][2] = linear_weight
+    for op, gates in CELLS.items():
+        x, scale = draw(STEPS, BATCH, HIDDEN), HIDDEN**-0.5
+        w_ih, w_hh, b_hh = (
+            scale * (2 * torch.rand(gates * HIDDEN, n, generator=generator, dtype=x.dtype) - 1)
+            for n in (HIDDEN, HIDDEN, 1)
+        )
+        cases[op] = [x, w_ih, w_hh, b_hh[:, 0]], draw(STEPS, BATCH, HIDDEN)
+
     errors: Errors = {}
-    for op in OPS:
+    for op, (tensors, incoming) in cases.items():
         for dtype in DTYPES:
-            exact_inputs[2] = linear_weight if "linear" in op else norm_weight
-            inputs, dy = [t.to(dtype) for t in exact_inputs], exact_dy.to(dtype)
+            inputs, dy = [t.to(dtype) for t in tensors], incoming.to(dtype)
             exact = run(torch_form, op, [t.double() for t in inputs], factor, dy.double())
             by_torch = run(torch_form, op, inputs, factor, dy)
             by_handtuned = run(handtuned_form, op, inputs, factor, dy)
@@ -147,10 +172,10 @@ def differences(page: Errors, measured: Errors) -> Iterator[str]:
 
 
 def broken_contract(errors: Errors) -> Iterator[str]:
-    """One line for each tensor whose error is more than 1.5 times torch's."""
+    """One line for each tensor but the EXCEPTIONS whose error is more than 1.5 times torch's."""
     for key, row in errors.items():
         for name, (by_torch, by_handtuned) in row.items():
-            if by_handtuned > ALLOWED * by_torch:
+            if by_handtuned > ALLOWED * by_torch and (*key, name) not in EXCEPTIONS:
                 yield f"{' '.join(key)}, {name}: torch {by_torch:.1e}, handtuned {by_handtuned:.1e}"
 
 
