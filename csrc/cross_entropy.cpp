@@ -14,10 +14,6 @@
 namespace handtuned {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
-Shape shape_of(const Sizes& sizes) { return Shape(sizes.data(), sizes.size()); }
-
 // What the Params point to and no argument owns.
 struct Holders {
   OptionalTensor input, linear_weight, linear_bias, target, weight, gathered, packed;
@@ -33,17 +29,6 @@ struct Arguments {
   double label_smoothing, softcap, z_loss;
 };
 
-void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
-  HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
-           ", input is ", to_string(input.scalar_type()), "; convert one with .to()");
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& sizes) {
-  HT_CHECK(equal(tensor.sizes(), shape_of(sizes)), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
-           to_string(shape_of(sizes)), "; expand or reshape it first");
-}
-
 ScalarType wide_type(const Tensor& input) {
   return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -51,7 +36,7 @@ ScalarType wide_type(const Tensor& input) {
 // The shape of rows: input's without its last dim.
 Sizes check(const char* op, const Arguments& a) {
   dtype_of(op, "input", a.input);
-  check_like_input(op, "linear_weight", a.linear_weight, a.input);
+  check_type(op, "linear_weight", a.linear_weight, a.input);
   const Shape x = a.input.sizes(), w = a.linear_weight.sizes();
   HT_CHECK(w.size() == 2 && w[0] > 0, op, "linear_weight has shape ", to_string(w),
            ", expected [classes, in_features] with a class at least; reshape it");
@@ -60,7 +45,7 @@ Sizes check(const char* op, const Arguments& a) {
   Sizes rows(x.data(), x.data() + x.size() - 1);
   for (auto [name, tensor] : {std::pair{"linear_bias", &a.linear_bias}, {"weight", &a.weight}}) {
     if (!*tensor) continue;
-    check_like_input(op, name, **tensor, a.input);
+    check_type(op, name, **tensor, a.input);
     check_shape(op, name, **tensor, {w[0]});
   }
   HT_CHECK(a.target.is_cpu(), op, "target is not on the CPU, input is; move it with .to(input.device)");

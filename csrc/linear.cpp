@@ -3,7 +3,6 @@
 
 #include <cstring>
 #include <tuple>
-#include <vector>
 
 #include "boxing.h"
 #include "cpu/dispatch.h"
@@ -11,22 +10,6 @@
 
 namespace handtuned {
 namespace {
-
-using Sizes = std::vector<int64_t>;
-
-Shape shape_of(const Sizes& sizes) { return Shape(sizes.data(), sizes.size()); }
-
-// On the CPU and of input's dtype.
-void check_like_input(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
-  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
-  HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
-           ", input is ", to_string(input.scalar_type()), "; convert one with .to()");
-}
-
-void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& sizes) {
-  HT_CHECK(equal(tensor.sizes(), shape_of(sizes)), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
-           to_string(shape_of(sizes)), "; expand or reshape it first");
-}
 
 void check_weight(const char* op, const Tensor& weight) {
   HT_CHECK(weight.dim() == 2, op, "weight has shape ", to_string(weight.sizes()),
@@ -49,7 +32,7 @@ Sizes fill_rows(const char* op, Linear& p, Holders& h, const Tensor& input, cons
   p.activation = Activation(activation);
   p.dropout = dropout_of(op, dropout_p, seed);
   if (bias) {
-    check_like_input(op, "bias", *bias, input);
+    check_type(op, "bias", *bias, input);
     check_shape(op, "bias", *bias, {p.out});
   }
   Sizes output(x.data(), x.data() + n);
@@ -64,7 +47,7 @@ Sizes fill_rows(const char* op, Linear& p, Holders& h, const Tensor& input, cons
 Sizes fill(const char* op, Linear& p, Holders& h, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
            int64_t activation, double dropout_p, const OptionalTensor& seed) {
   p.dtype = dtype_of(op, "input", input);
-  check_like_input(op, "weight", weight, input);
+  check_type(op, "weight", weight, input);
   check_weight(op, weight);
   const Shape x = input.sizes(), w = weight.sizes();
   p.out = w[0], p.in = w[1];
@@ -105,7 +88,7 @@ struct Outputs {
 Outputs outputs_of(const char* op, LinearForward& p, Holders& h, const Sizes& sizes, bool keep, const Tensor& input,
                    const OptionalTensor& bias, const OptionalTensor& residual) {
   if (residual) {
-    check_like_input(op, "residual", *residual, input);
+    check_type(op, "residual", *residual, input);
     check_shape(op, "residual", *residual, sizes);
   }
   const bool saved = keep && p.activation != Activation::none;
@@ -135,7 +118,7 @@ Outputs run_forward(const char* op, bool keep, const Tensor& input, const Tensor
   const Sizes sizes = fill(op, p, h, input, weight, bias, activation, dropout_p, seed);
   const Sizes wanted = packed_sizes(p.dtype, p.out, p.in);
   if (packed) {
-    check_like_input(op, "packed", *packed, input);
+    check_type(op, "packed", *packed, input);
     check_packed(op, *packed, wanted, "linear_pack");
   }
   Outputs out = outputs_of(op, p, h, sizes, keep, input, bias, residual);
@@ -172,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   LinearBackward p{};
   Holders h;
   const Sizes sizes = fill(op, p, h, input, weight, bias, activation, dropout_p, seed);
-  check_like_input(op, "grad_output", grad_output, input);
+  check_type(op, "grad_output", grad_output, input);
   check_shape(op, "grad_output", grad_output, sizes);
-  check_like_input(op, "preactivation", preactivation, input);
+  check_type(op, "preactivation", preactivation, input);
   check_shape(op, "preactivation", preactivation, activation ? sizes : Sizes{0});
 
   const ScalarType dtype = input.scalar_type();

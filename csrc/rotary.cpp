@@ -12,10 +12,6 @@
 namespace handtuned {
 namespace {
 
-using Sizes = std::vector<int64_t>;
-
-Shape shape_of(const Sizes& sizes) { return Shape(sizes.data(), sizes.size()); }
-
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* main) {
   HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, ", main, " is; move it with .to(", main, ".device)");
 }

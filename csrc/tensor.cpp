@@ -91,6 +91,17 @@ bool equal(Shape a, Shape b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(int64_t)) == 0;
 }
 
+void check_type(const char* op, const char* name, const Tensor& tensor, const Tensor& input) {
+  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, input is; move it with .to(input.device)");
+  HT_CHECK(tensor.scalar_type() == input.scalar_type(), op, name, " is ", to_string(tensor.scalar_type()),
+           ", input is ", to_string(input.scalar_type()), "; convert one with .to()");
+}
+
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& sizes) {
+  HT_CHECK(equal(tensor.sizes(), shape_of(sizes)), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
+           to_string(shape_of(sizes)), "; expand or reshape it first");
+}
+
 Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device) {
   int64_t n = 1;
   for (size_t d = 0; d < sizes.size(); ++d) n *= sizes[d];

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "params.h"
 
@@ -89,6 +90,13 @@ template <class... Parts>
 DType dtype_of(const char* op, const char* argument, const Tensor& tensor);
 
 bool equal(Shape a, Shape b);
+
+using Sizes = std::vector<int64_t>;
+inline Shape shape_of(const Sizes& sizes) { return Shape(sizes.data(), sizes.size()); }
+
+// That a CPU tensor has the dtype of input, or the shape.
+void check_type(const char* op, const char* name, const Tensor& tensor, const Tensor& input);
+void check_shape(const char* op, const char* name, const Tensor& tensor, const Sizes& sizes);
 
 // Uninitialised contiguous tensor. Large ones on the CPU are given huge pages: the page faults of a fresh 32 MB output
 // take several times as long as a norm needs to fill it.

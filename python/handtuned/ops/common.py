@@ -60,6 +60,19 @@ class Arguments:
             f"{name} is on {tensor.device}, {main} is on {device}; move it with .to({main}.device)",
         )
 
+    def check_type(self, name: str, tensor: Tensor) -> None:
+        self.check_device(name, tensor)
+        self.require(
+            tensor.dtype == self.main.dtype,
+            f"{name} is {tensor.dtype}, {self.main_name} is {self.main.dtype}; convert one with .to()",
+        )
+
+    def check_shape(self, name: str, tensor: Tensor, shape: list[int]) -> None:
+        self.require(
+            list(tensor.shape) == shape,
+            f"{name} has shape {list(tensor.shape)}, expected {shape}; expand or reshape it first",
+        )
+
     def check_dropout(self, name: str = "dropout_p", p: float | None = None, needs_seed: bool = True) -> None:
         p, seed = (self[name] or 0.0) if p is None else p, self["seed"]
         self.require(0 <= p <= 1, f"{name} is {p}, the limits are 0 and 1; pass a probability")

@@ -31,7 +31,7 @@ class CrossEntropyArguments(Arguments):
     def check(self) -> None:
         self.check_dtype()
         w = self["linear_weight"]
-        self._check_like_input("linear_weight", w)
+        self.check_type("linear_weight", w)
         self.require(
             w.dim() == 2 and w.shape[0] > 0,
             f"linear_weight has shape {list(w.shape)}, expected [classes, in_features] with a class at least; "
@@ -45,15 +45,15 @@ class CrossEntropyArguments(Arguments):
         )
         for name in ("linear_bias", "weight"):
             if self[name] is not None:
-                self._check_like_input(name, self[name])
-                self._check_shape(name, self[name], [w.shape[0]])
+                self.check_type(name, self[name])
+                self.check_shape(name, self[name], [w.shape[0]])
         target = self["target"]
         self.check_device("target", target)
         self.require(
             target.dtype == torch.int64,
             f"target is {target.dtype}, expected int64, the number of each row's class; convert it with .to()",
         )
-        self._check_shape("target", target, list(x.shape[:-1]))
+        self.check_shape("target", target, list(x.shape[:-1]))
         self._check_numbers()
         wide = wide_dtype(x.dtype)
         for name in ("grad_loss", "stats"):
@@ -64,7 +64,7 @@ class CrossEntropyArguments(Arguments):
                     given.dtype == wide,
                     f"{name} is {given.dtype}, expected {wide} beside {x.dtype} input; convert it with .to()",
                 )
-                self._check_shape(name, given, self.loss_shape if name == "grad_loss" else [2, target.numel()])
+                self.check_shape(name, given, self.loss_shape if name == "grad_loss" else [2, target.numel()])
 
     def _check_numbers(self) -> None:
         reduction, smoothing = self["reduction"], self["label_smoothing"]
@@ -82,19 +82,6 @@ class CrossEntropyArguments(Arguments):
                 value >= 0 and math.isfinite(value),
                 f"{name} is {value:g}, it must be finite and at least 0; 0 switches it off",
             )
-
-    def _check_like_input(self, name: str, tensor: Tensor) -> None:
-        self.check_device(name, tensor)
-        self.require(
-            tensor.dtype == self.main.dtype,
-            f"{name} is {tensor.dtype}, input is {self.main.dtype}; convert one with .to()",
-        )
-
-    def _check_shape(self, name: str, tensor: Tensor, shape: list[int]) -> None:
-        self.require(
-            list(tensor.shape) == shape,
-            f"{name} has shape {list(tensor.shape)}, expected {shape}; expand or reshape it first",
-        )
 
     def copies(self) -> list[str]:
         scattered = [name for name in ("input", "linear_weight") if self[name].numel() and self[name].stride(-1) != 1]

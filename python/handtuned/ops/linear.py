@@ -37,7 +37,7 @@ class LinearArguments(Arguments):
     def check(self) -> None:
         self.check_dtype()
         if self.weight is not self.main:
-            self._check_like_input("weight", self.weight)
+            self.check_type("weight", self.weight)
         w = self.weight
         self.check_weight()
         if self.op == "linear_pack":
@@ -51,7 +51,7 @@ class LinearArguments(Arguments):
         )
         self.check_rest(n)
         if self["packed"] is not None:
-            self._check_like_input("packed", self["packed"])
+            self.check_type("packed", self["packed"])
             self.check_packed(self["packed"], packed_shape(w), "linear_pack")
 
     def check_weight(self) -> None:
@@ -78,29 +78,16 @@ class LinearArguments(Arguments):
         self.check_dropout()
         bias = self["bias"]
         if bias is not None:
-            self._check_like_input("bias", bias)
-            self._check_shape("bias", bias, [n])
+            self.check_type("bias", bias)
+            self.check_shape("bias", bias, [n])
         for name in ("residual", "grad_output"):
             if self[name] is not None:
-                self._check_like_input(name, self[name])
-                self._check_shape(name, self[name], [*x.shape[:-1], n])
+                self.check_type(name, self[name])
+                self.check_shape(name, self[name], [*x.shape[:-1], n])
         saved = self["preactivation"]
         if saved is not None:
-            self._check_like_input("preactivation", saved)
-            self._check_shape("preactivation", saved, [*x.shape[:-1], n] if activation else [0])
-
-    def _check_like_input(self, name: str, tensor: Tensor) -> None:
-        self.check_device(name, tensor)
-        self.require(
-            tensor.dtype == self.main.dtype,
-            f"{name} is {tensor.dtype}, input is {self.main.dtype}; convert one with .to()",
-        )
-
-    def _check_shape(self, name: str, tensor: Tensor, shape: list[int]) -> None:
-        self.require(
-            list(tensor.shape) == shape,
-            f"{name} has shape {list(tensor.shape)}, expected {shape}; expand or reshape it first",
-        )
+            self.check_type("preactivation", saved)
+            self.check_shape("preactivation", saved, [*x.shape[:-1], n] if activation else [0])
 
     def copies(self) -> list[str]:
         rows = ("input", "weight", "residual", "grad_output", "preactivation")

@@ -111,11 +111,8 @@ class RotaryArguments(Arguments):
             )
 
     def _check_like_query(self, name: str) -> None:
-        tensor, query = self[name], self.main
-        self.check_device(name, tensor)
-        self.require(
-            tensor.dtype == query.dtype, f"{name} is {tensor.dtype}, query is {query.dtype}; convert one with .to()"
-        )
+        tensor = self[name]
+        self.check_type(name, tensor)
         self.require(tensor.dim() == 4, f"{name} has shape {list(tensor.shape)}, expected 4 dims; unsqueeze it")
 
     def _check_integers(self, name: str, shape: list[int]) -> None:
