@@ -299,7 +299,7 @@ FORMS = [case for mode in MODES for case in _forms(mode)]
 # Sums over a thousand rows, where the order of additions shows.
 LONG = [Case(mode, (64, 16, 64, 64), states=True) for mode in MODES]
 # Of one unit and few rows an error in bfloat16 is one rounding or two, whichever: there it has more rows and steps. Not
-# with ReLU, where one rounding across 0 in a row, which torch has as often, turns all of the row's gradients.
+# with ReLU, where one rounding across 0 in a row, which torch meets too, turns all of the row's gradients.
 ONE_UNIT = [Case(mode, (16, 64, 5, 1), states=True, dtype=torch.bfloat16) for mode in MODES if mode != "RNN_RELU"]
 CASES = [case.with_(dtype=dtype) for case in FORMS for dtype in SHORT if case.shape[3] > 1 or dtype != torch.bfloat16]
 CASES += ONE_UNIT + LONG
