@@ -4,7 +4,8 @@
 //   grad x   = d W_x
 // Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
 // packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns. Sums
-// over rows, which may be many, are made of sums of kSum: the rounding errors of one long chain would show.
+// over rows, which may be many, are made of sums of kSum, those over gates of twice as many: the rounding errors of one
+// long chain would show.
 #pragma once
 #include "rnn_backward.h"
 
@@ -260,7 +261,9 @@ class LayerGradients {
           to_panels(panels, r, weights_row(one, room[0]), kPack<E> == 2 ? weights_row(one + 1, room[1]) : nullptr, n);
         }
         const E* gradient = reinterpret_cast<const E*>(y_.gates[d] + row * y_.slots()) + k;
-        add_product(rows, {gradient, y_.slots() / kPack<E>, 1}, panels, round_up(n, W) / L, some, sums);
+        for (int64_t r = 0; r < some; r += 2 * kSum)
+          add_product(rows, {gradient + r, y_.slots() / kPack<E>, 1}, panels + r * W, round_up(n, W) / L,
+                      least(2 * kSum, some - r), sums);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {

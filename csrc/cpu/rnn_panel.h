@@ -102,7 +102,7 @@ __attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t 
 // All rows with a part of a panel that stays in the nearest caches, in blocks of rows as equal as can be.
 template <class E, int MV, class W>
 inline void multiply_rows_of_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t depth, Accumulate<E>* c) {
-  constexpr int64_t kStep = MV * kLanes<Accumulate<E>>, kDepth = 512, kRows = kBlockRows<MV>;
+  constexpr int64_t kStep = MV * kLanes<Accumulate<E>>, kDepth = 128, kRows = kBlockRows<MV>;
   if (rows == 1) return multiply_row<E, MV>(b.data, panel, depth, c);
   const int64_t blocks = (rows + kRows - 1) / kRows;
   for (int64_t k = 0; k < depth; k += kDepth) {
