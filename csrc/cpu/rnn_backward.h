@@ -9,64 +9,11 @@
 // What is exchanged is d, not partial sums of dh: so the order of every sum is that of W_h's rows.
 // With a projection a first half of the step makes dh of the projection's panels and what they pass on through W_r.
 #pragma once
+#include "rnn_step.h"
 #include "rnn_team.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
-// The cell's back() for some places of one panel.
-template <class A, class O>
-struct BackCall {
-  const Rnn& p;
-  int64_t rows;
-  const A* keep;  // as the forward left it, of place i row[i] * keep_row further
-  int64_t keep_row;
-  const int64_t* row;
-  const A* peepholes;  // [kPeepholes][4 L] of the panel
-  const A* state;      // the one that back() asks for, [rows][4 L] like the next two
-  A *dh, *dc;          // dh becomes the part that does not go through W_h
-  O* gates;            // d of place i goes to [row[i]][slots][pitch]
-  int64_t pitch, first;
-};
-
-template <class A, class O>
-using BackLoop = void (*)(const BackCall<A, O>&);
-
-template <template <class> class Cell, class A, class O>
-void back_loop(const BackCall<A, O>& call) {
-  using C = Cell<vec<A>>;
-  constexpr int L = kLanes<A>, K = C::kKept, S = C::kSlots;
-  const Rnn& p = call.p;
-  Variant<vec<A>> variant{p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
-  for (int64_t i = 0; i < call.rows; ++i) {
-    for (int64_t v = 0; v < 4 && call.first + v * L < p.hidden; ++v) {
-      const int64_t unit = call.first + v * L, n = p.hidden - unit, at = (i * 4 + v) * L;
-      vec<A> kept[K], d[S], cell = C::kCell ? load(call.dc + at) : vec<A>{};
-      for (int k = 0; k < K; ++k)
-        kept[k] = load_first(call.keep + call.row[i] * call.keep_row + k * p.hidden + unit, n);
-      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
-        variant.peephole[k] = load(call.peepholes + (k * 4 + v) * L);
-      const vec<A> state = C::kKept > 1 ? load(call.state + at) : vec<A>{};
-      store(call.dh + at, C::back(variant, kept, state, load(call.dh + at), cell, d));
-      if (C::kCell) store(call.dc + at, cell);
-      for (int k = 0; k < S; ++k) {
-        O* to = call.gates + (call.row[i] * S + k) * call.pitch + unit;
-        store_first(to, d[k], n);
-        if (n < call.pitch - unit && n < L) to[n] = O{};
-      }
-    }
-  }
-}
-
-template <class A, class O>
-BackLoop<A, O> back_loop_of(RnnCell cell) {
-  switch (cell) {
-    case RnnCell::lstm: return &back_loop<Lstm, A, O>;
-    case RnnCell::coupled: return &back_loop<CoupledLstm, A, O>;
-    case RnnCell::gru: return &back_loop<Gru, A, O>;
-    case RnnCell::tanh: return &back_loop<ElmanTanh, A, O>;
-    default: return &back_loop<ElmanRelu, A, O>;
-  }
-}
 // Slot of the gradient that goes through gate g's rows of W_h.
 HT_INLINE int64_t state_slot(RnnCell cell, int64_t g) { return cell == RnnCell::gru && g == 2 ? 3 : g; }
 

@@ -1,10 +1,8 @@
 // Recurrent layers, forward. One parallel region a layer; both directions side by side.
 //
 // Plan of a slice, which owns panels of hidden units for all steps:
-//   for each stretch of steps:    X = rows of input * W_x, own panels, ahead of the recurrence      (scratch, in its
-//   L2)
-//     for each step, each panel:  S = h * W_h;  gates of X and S;  h, c of the own units            (scratch, in its
-//     L1)
+//   for each stretch of steps:    X = rows of input * W_x, own panels, ahead of the recurrence     (scratch in L2)
+//     for each step, each panel:  S = h * W_h;  gates of X and S;  h, c of the own units           (scratch in L1)
 //                                 h goes to the ring that all slices read in the next step, and to its outputs
 //     tell the others, and wait for them before the next step
 // With a projection the ring carries what is to be projected, and a second half of the step does h = that * W_r.
@@ -12,80 +10,10 @@
 // Panels are taken from the first to the last and back in turns, from call to call where a sequence is of one step: of
 // weights that are larger than a cache, what was read last is still in it. A single step makes X panel by panel.
 #pragma once
+#include "rnn_step.h"
 #include "rnn_team.h"
 
 namespace handtuned::HANDTUNED_ISA {
-
-// ---- what depends on the cell ------------------------------------------------------------------------------------
-
-// The step's gates for some places of some panels.
-template <class A>
-struct GateCall {
-  const Rnn& p;
-  int64_t panels, rows;
-  const A *x, *s;  // of a panel [rows][vectors][L], the next one's x_panel and s_panel further
-  int64_t x_panel, s_panel;
-  A *h, *c;  // of a panel [rows][units], the next one's state_panel further; updated
-  int64_t state_panel;
-  A* keep;  // of place p row[p] times further [kKept][hidden]; nullptr: not wanted
-  const int64_t* row;
-  const A* peepholes;  // [kPeepholes][pitch]
-  Shares<A> zone_h, zone_c;
-  int64_t first;  // unit of the first panel
-};
-
-template <class A>
-using GateLoop = void (*)(const GateCall<A>&);
-
-// Gates: Plain, or Variant, which with its branches takes a tenth longer.
-template <template <class> class Cell, template <class> class Gates, class A>
-void gate_loop(const GateCall<A>& call) {
-  using C = Cell<vec<A>>;
-  using P = Gates<vec<A>>;
-  constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
-  const Rnn& p = call.p;
-  P gates;
-  if constexpr (!P::kPlain) gates = {p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
-  for (int64_t i = 0; i < call.panels; ++i) {
-    if constexpr (!P::kPlain)
-      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
-        gates.peephole[k] = load(call.peepholes + k * rnn_peephole_pitch(p) + call.first + i * L);
-    for (int64_t at = 0; at < call.rows * V; ++at) {
-      const int64_t unit = call.first + (i * V + at % V) * L;
-      const A *x = call.x + i * call.x_panel + at * G * L, *s = call.s + i * call.s_panel + at * G * L;
-      A *h = call.h + i * call.state_panel + at * L, *c = call.c + i * call.state_panel + at * L;
-      vec<A> xs[G], ss[G], kept[K], cell = C::kCell ? load(c) : vec<A>{};
-      for (int g = 0; g < G; ++g) xs[g] = load(x + g * L), ss[g] = load(s + g * L);
-      vec<A> next = C::step(gates, xs, ss, load(h), cell, kept);
-      if constexpr (!P::kPlain) {
-        next = zone(call.zone_h.of(at / V, unit), next, load(h));
-        if (C::kCell) cell = zone(call.zone_c.of(at / V, unit), cell, load(c));
-      }
-      store(h, next);
-      if (C::kCell) store(c, kept[K - 1] = cell);
-      for (int k = 0; call.keep && k < K && unit < p.hidden; ++k)
-        store_first(call.keep + (call.row[at / V] * K + k) * p.hidden + unit, kept[k], p.hidden - unit);
-    }
-  }
-}
-
-template <template <class> class Gates, class A>
-GateLoop<A> gate_loop_with(RnnCell cell) {
-  switch (cell) {
-    case RnnCell::lstm: return &gate_loop<Lstm, Gates, A>;
-    case RnnCell::coupled: return &gate_loop<CoupledLstm, Gates, A>;
-    case RnnCell::gru: return &gate_loop<Gru, Gates, A>;
-    case RnnCell::tanh: return &gate_loop<ElmanTanh, Gates, A>;
-    default: return &gate_loop<ElmanRelu, Gates, A>;
-  }
-}
-template <class A>
-GateLoop<A> gate_loop_of(const Rnn& p) {
-  const bool varies = p.hard_sigmoid || p.hard_tanh || p.peepholes || p.zoneout.p > 0 || p.cell_zoneout.p > 0;
-  return varies ? gate_loop_with<Variant, A>(p.cell) : gate_loop_with<Plain, A>(p.cell);
-}
-
-// ---- a layer ------------------------------------------------------------------------------------------------------
 
 // The weights of one direction, in panels.
 template <class A, class T>
