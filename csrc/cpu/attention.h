@@ -73,7 +73,7 @@ struct ForwardPiece {
 };
 
 // Asks for what a piece will read first: its queries and, where it is the first of its head, keys and values.
-HT_INLINE void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int64_t i) {
+inline void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int64_t i) {
   const ForwardPiece piece(cut, i);
   const int64_t b = piece.head / p.kv_heads, kv_head = piece.head % p.kv_heads, group = p.heads / p.kv_heads;
   const AttentionEntry e = attention_entry(p, b);

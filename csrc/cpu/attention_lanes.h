@@ -93,14 +93,14 @@ class LanesPiece {
 
  private:
   // Asks for the mask that is needed after that of panel i for the keys before `end`.
-  HT_INLINE void prefetch_next_mask(int i, int64_t end) {
+  void prefetch_next_mask(int i, int64_t end) {
     if (!panel_[i].masked) return;
     const int64_t first = i + 1 < panels_ ? (end - 1) / kKeyBlock * kKeyBlock : end;
     prefetch_mask(p_, panel_[i + 1 < panels_ ? i + 1 : 0], b_, first, least(kKeyBlock, keys_.end - first));
   }
 
   // Asks for the block of keys and values at `first`.
-  HT_INLINE void prefetch_keys(int64_t first) {
+  void prefetch_keys(int64_t first) {
     const int64_t n = least(kKeyBlock, keys_.end - first);
     prefetch_rows(p_, p_.key, e_, b_, kv_head_, first, n, p_.width);
     prefetch_rows(p_, p_.value, e_, b_, kv_head_, first, n, p_.value_width);

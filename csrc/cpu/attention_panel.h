@@ -252,9 +252,10 @@ HT_INLINE void* key_row(const Attention& p, const AttentionTensor& t, const Atte
   return static_cast<char*>(t.data) + (at + head * t.head) * bytes_of(p.dtype);
 }
 
-// Asks for what is needed soon: a row, and rows [first, first + n) of keys or values. Inline, as everything that only
-// asks: GCC takes a call of such a function for one without effect and drops it.
+// Asks for what is needed soon: a row, and rows [first, first + n) of keys or values. The empty statement is an effect:
+// GCC takes a function that only prefetches for one without any, and drops calls of it.
 HT_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  asm volatile("");
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at, 0, 2);
 }
 HT_INLINE void prefetch_rows(const Attention& p, const AttentionTensor& t, const AttentionEntry& e, int64_t b,

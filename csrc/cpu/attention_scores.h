@@ -39,7 +39,7 @@ inline bool load_mask(const M* data, const AttentionMask& m, const Panel<A>& pan
 
 // Asks for what load_mask() will read of a panel: short stretches of rows far apart, which no hardware foresees.
 template <class A>
-HT_INLINE void prefetch_mask(const Attention& p, const Panel<A>& panel, int64_t b, int64_t first, int64_t n) {
+inline void prefetch_mask(const Attention& p, const Panel<A>& panel, int64_t b, int64_t first, int64_t n) {
   const AttentionMask& m = p.mask;
   if (!panel.masked || m.key != 1 || one_mask_row(m, panel)) return;
   const int64_t element = m.boolean ? 1 : bytes_of(m.dtype);
