@@ -5,8 +5,8 @@
 //   loss[r] = (1 - s) w[t] (lse - z[t]) + s / V sum_v w[v] (lse - z[v]) + z_loss lse^2      t: the row's target
 //
 //   dz[r][v] = g[r] (((1 - s) w[t] + s / V sum_v w[v] + 2 z_loss lse) p[v] - (1 - s) w[t] [v = t] - s / V w[v]) cap'
-//   p[v] = e^(z[v] - top) / sum      cap' = 1 - (z / c)^2      g: gradient of the row's loss, divided by the mean's
-//   divisor dx = dz W      dW = dz^T x      db = sum of dz's rows
+//   p[v] = e^(z[v] - top) / sum      cap' = 1 - (z / c)^2      g: gradient of the row's loss, over the mean's divisor
+//   dx = dz W      dW = dz^T x      db = sum of dz's rows
 //
 // Forward: classes are gone through in chunks, whose W is packed and multiplied with all rows by linear_product.h; as
 // each row of a group of panels is finished, its maximum (top) and its sum of e^(z - top) are all that is kept. After a
