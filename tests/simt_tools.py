@@ -61,6 +61,10 @@ class Emulator:
         """In which order threads run that can: random (by seed), forward, backward, warp_greedy."""
         self.library.simt_configure(SCHEDULES[name], seed)
 
+    def device(self, multiprocessors: int = 0, shared_bytes: int = 0) -> None:
+        """What launchers see; 0 for what it is at first. A small device sends small shapes the ways of large ones."""
+        self.library.simt_device(multiprocessors, shared_bytes)
+
     def plant(self, mutant: int) -> None:
         """Makes one mutation point the planted bug; -1: none."""
         self.library.simt_plant(mutant)
@@ -81,10 +85,13 @@ def require(path: Path) -> Path:
 
 
 @contextmanager
-def emulated(schedule: str = "forward", seed: int = 0, path: Path = LIBRARY) -> Iterator[Emulator]:
-    """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator."""
+def emulated(
+    schedule: str = "forward", seed: int = 0, path: Path = LIBRARY, device: tuple[int, int] = (0, 0)
+) -> Iterator[Emulator]:
+    """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator; device: as Emulator.device takes it."""
     emulator = Emulator(require(path))
     emulator.schedule(schedule, seed)
+    emulator.device(*device)
     emulator.reset()
     _C.emulate_cuda(str(path))
     try:

@@ -209,6 +209,9 @@ def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPa
     for op in handtuned.ops.NORM_OPS:
         assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
         assert refused(op)["triton"] is None
+    for op in handtuned.ops.RNN_OPS:
+        assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
+        assert refused(op)["triton"] == "no Triton kernel for this op"
     assert "int64" in str(refused("layer_norm", torch.int64)["cuda"])
     assert refused("attention")["cuda"] == "no CUDA C++ kernel for this op"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

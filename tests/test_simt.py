@@ -121,8 +121,22 @@ def test_what_cuda_forbids_is_reported(emulator: simt_tools.Emulator, name: str,
     assert words in report
 
 
-def test_a_grid_barrier_needs_a_cooperative_launch(emulator: simt_tools.Emulator) -> None:
-    assert "a grid barrier in a launch that is not cooperative" in launch(emulator, "through_the_grid", blocks=2)[1]
+def test_signals_between_blocks_need_a_cooperative_launch(emulator: simt_tools.Emulator) -> None:
+    assert "between blocks in a launch that is not cooperative" in launch(emulator, "through_the_grid", blocks=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("through_the_grid_at_once", "race on global memory"),
+        ("a_signal_before_the_barrier", "race on global memory"),
+        ("no_barrier_after_the_wait", "race on global memory"),
+        ("one_block_does_not_come", "threads wait for others that never come"),
+    ],
+)
+def test_what_blocks_must_not_do_is_reported(emulator: simt_tools.Emulator, name: str, words: str) -> None:
+    """A write and a read in different blocks are ordered by barrier, signal, wait, barrier, and nothing less."""
+    assert words in launch(emulator, name, 64, blocks=3, grid=True)[1]
 
 
 def test_launches_that_cannot_be(emulator: simt_tools.Emulator) -> None:

@@ -353,9 +353,8 @@ void rnn_forward_in(const RnnForward& p) {
   const int64_t gates = gates_of(p.cell);
   static thread_local bool turned;
   turned ^= p.steps == 1;
-  LayerForward<E, T> y{p,       0, nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {}, {},
-                       p.steps, 1, turned,  ring,    m_ring, nullptr};
-  while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
+  LayerForward<E, T> y{p,         0, nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {}, {},
+                       p.longest, 1, turned,  ring,    m_ring, nullptr};
   // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
   const int64_t rows = most(24, (int64_t(512) << 10) / int64_t(sizeof(A)) / (gates * p.hidden));
   y.stretch = most(1, least(rows / p.batch, p.steps));

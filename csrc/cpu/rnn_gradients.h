@@ -334,9 +334,8 @@ void rnn_backward_in(const RnnBackward& p) {
   find_rows(p, before, time, place);
 
   const int64_t each = rnn_weights_each(p, p.bias), output = p.rows * p.directions * p.state;
-  LayerBackward<E, T> y{p,       0,  nullptr, nullptr, {}, {}, {}, {}, {}, nullptr, back_loop_of<A, O>(p.cell),
-                        p.steps, {}, {},      {},      {}};
-  while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
+  LayerBackward<E, T> y{p,         0,  nullptr, nullptr, {}, {}, {}, {}, {}, nullptr, back_loop_of<A, O>(p.cell),
+                        p.longest, {}, {},      {},      {}};
   y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
   for (int d = 0; d < 2; ++d) {

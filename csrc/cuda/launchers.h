@@ -6,5 +6,8 @@ namespace handtuned::cuda {
 
 int norm_forward(const NormForward&, int device, void* stream);
 int norm_backward(const NormBackward&, int device, void* stream);
+int rnn_pack(const RnnPack&, int device, void* stream);
+int rnn_forward(const RnnForward&, int device, void* stream);
+int rnn_backward(const RnnBackward&, int device, void* stream);
 
 }  // namespace handtuned::cuda

@@ -1,6 +1,6 @@
-"""Runs the norm kernels in the library with sanitizers and mutation points, and says which planted bugs were caught.
+"""Runs a family's kernels in the library with sanitizers and mutation points, and says which planted bugs were caught.
 
-    LD_PRELOAD='libasan.so libstdc++.so' python hunt.py LIBRARY NUMBER...        -1: nothing is planted
+    LD_PRELOAD='libasan.so libstdc++.so' python hunt.py LIBRARY FAMILY NUMBER...        -1: nothing is planted
 
 Prints a line of JSON a mutant: its number, and what caught it (null if nothing did). Each mutant runs in a forked
 child, so that a sanitizer's abort, a segmentation fault or an endless loop ends the child alone.
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases
 import numerics
+import rnn_cases as rc
 import simt_tools
 import torch
 
 import handtuned
 
 SECONDS = 60  # of a mutant; whole runs take about two
+Traffic = dict[str, list[int]]  # of each case, bytes loaded and stored
 F64, BF16 = torch.float64, torch.bfloat16
 LAYER, RMS, ADD_LAYER, ADD_RMS = cases.FORMS
 DROP_LAYER, DROP_RMS = cases.DROPOUTS
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
 
 # Few and small, but every branch of every kernel: packs and elements, short rows and rows of several warps, rows held
 # in registers, in shared memory and nowhere, every option and its absence.
@@ -60,9 +65,9 @@ def partial_gradients() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def run(emulator: simt_tools.Emulator, expected: dict[str, Any] | None) -> dict[str, Any]:
+def run_norm(emulator: simt_tools.Emulator, expected: Traffic | None) -> Traffic:
     """Raises at the first wrong result; with `expected`, also where memory was touched more or less often."""
-    found: dict[str, Any] = {}
+    found: Traffic = {}
     for case in CASES:
         emulator.reset()
         d = numerics.drawn(case, 0)
@@ -77,31 +82,95 @@ def run(emulator: simt_tools.Emulator, expected: dict[str, Any] | None) -> dict[
                 entry.add(tensor, d.torchs[name], d.truth[name])
             excess = entry.excess()
             assert not excess, f"{case.name}: {name}: {excess}"
-        traffic = [emulator.counts.bytes_loaded, emulator.counts.bytes_stored]
-        assert expected is None or traffic == expected[case.name], f"{case.name}: other memory traffic"
-        found[case.name] = traffic
+        compare_traffic(emulator, case.name, expected, found)
     partial_gradients()
     return found
 
 
-def child(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any], said: int) -> None:
+def compare_traffic(emulator: simt_tools.Emulator, name: str, expected: Traffic | None, found: Traffic) -> None:
+    traffic = [emulator.counts.bytes_loaded, emulator.counts.bytes_stored]
+    assert expected is None or traffic == expected[name], f"{name}: other memory traffic"
+    found[name] = traffic
+
+
+# ---- recurrent layers ------------------------------------------------------------------------------------------------
+
+DRAWN = {"zoneout": 0.4, "recurrent_dropout": 0.3, "weight_dropout": 0.2}
+LSTM = {"peepholes": True, "cell_zoneout": 0.3, "return_cell_states": True}
+RAGGED = (3, 0, 2, 3)
+
+
+def varied(case: rc.Case, **options: Any) -> rc.Case:
+    return case.with_(options=tuple(options.items()))
+
+
+# Each with the device that it runs on: one that holds weights in registers, in shared memory, or nowhere.
+REGISTERS, SHARED, STEPS = (0, 0), (2, 0), (2, 18 << 10)
+TWO_LAYERS = rc.Case("LSTM", (3, 4, 5, 11), layers=2, bidirectional=True, states=True, lengths=RAGGED, dropout=0.3)
+RNN_CASES = (
+    (varied(TWO_LAYERS, **DRAWN, **LSTM), REGISTERS),
+    (varied(TWO_LAYERS.with_(proj=6, batch_first=True), **LSTM, coupled_gates=True, zoneout=0.2), SHARED),
+    (varied(TWO_LAYERS.with_(proj=6, training=False), **DRAWN, **LSTM, activation="hardtanh"), STEPS),
+    (varied(rc.Case("GRU", (3, 10, 70, 9), states=True), recurrent_activation="hardsigmoid"), STEPS),
+    (rc.Case("GRU", (4, 4, 5, 21), lengths=(4, 1, 2, 4), packed=True, layers=2, bidirectional=True, dtype=BF16),
+     REGISTERS),
+    (varied(rc.Case("RNN_TANH", (3, 2, 3, 10), states=True, dtype=F64), zoneout=0.3), REGISTERS),
+    (rc.Case("RNN_RELU", (131, 1, 2, 2), bias=False, states=True), REGISTERS),
+    (rc.Case("RNN_TANH", (1, 2, 2, 1028), states=True), SHARED),
+    (rc.Case("LSTM", (2, 70, 2, 12), states=True), REGISTERS),
+)  # fmt: skip
+
+
+def run_rnn(emulator: simt_tools.Emulator, expected: Traffic | None) -> Traffic:
+    found: Traffic = {}
+    for case, device in RNN_CASES:
+        emulator.device(*device)
+        emulator.reset()
+        t = rc.tensors(case)
+        torch.manual_seed(7)
+        ours = rc.results(case, t)
+        for name, truth in truths(case).items():
+            tensor, eps = ours[name].double(), torch.finfo(case.dtype).eps
+            assert tensor.isnan().equal(truth.isnan()), f"{case.name}: {name}: NaN"
+            error = (tensor - truth).nan_to_num().abs().max() if truth.numel() else torch.zeros(())
+            assert error <= 32 * eps * truth.nan_to_num().abs().max().clamp_min(1), f"{case.name}: {name}: {error}"
+        compare_traffic(emulator, case.name, expected, found)
+        with torch.no_grad():
+            torch.manual_seed(7)
+            output = rc.run(case, t)[0]
+        assert output.nan_to_num().equal(ours["output"].nan_to_num()), f"{case.name}: inference"
+    return found
+
+
+@cache
+def truths(case: rc.Case) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    return rc.exact(case, rc.tensors(case))
+
+
+# ---- the hunt --------------------------------------------------------------------------------------------------------
+
+RUN = {"norm": run_norm, "rnn": run_rnn}
+
+
+def child(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic, said: int) -> None:
     """Never returns: the exit status says whether something was caught, and `said` takes the words."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the sanitizers' reports
     signal.alarm(SECONDS)
     emulator.plant(mutant)
     try:
-        run(emulator, expected)
+        RUN[family](emulator, expected)
     except Exception as error:
         os.write(said, " ".join(str(error).split())[:200].encode())
         os._exit(3)
     os._exit(0)
 
 
-def hunt(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any]) -> str | None:
+def hunt(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic) -> str | None:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        child(emulator, mutant, expected, writing)
+        child(family, emulator, mutant, expected, writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         words = pipe.read()
@@ -116,9 +185,10 @@ def hunt(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any]) -
 def main() -> None:
     torch.set_num_threads(1)
     with simt_tools.emulated("random", 1, Path(sys.argv[1])) as emulator:
-        expected = run(emulator, None)
-        for mutant in map(int, sys.argv[2:]):
-            print(json.dumps({"mutant": mutant, "caught": hunt(emulator, mutant, expected)}), flush=True)
+        family = sys.argv[2]
+        expected = RUN[family](emulator, None)
+        for mutant in map(int, sys.argv[3:]):
+            print(json.dumps({"mutant": mutant, "caught": hunt(family, emulator, mutant, expected)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ extern "C" {
 
 void simt_configure(int schedule, unsigned long long seed) { simt::config = {simt::Schedule(schedule), seed}; }
 
+// Of what launchers see: 0 for what it was at first.
+void simt_device(int multiprocessors, int shared_bytes) {
+  simt::device = {};
+  if (multiprocessors) simt::device.multiprocessors = multiprocessors;
+  if (shared_bytes) simt::device.shared_bytes = shared_bytes;
+}
+
 void simt_plant(int mutant) { simt::planted = mutant; }
 
 simt::Counts simt_counts() { return simt::counts; }

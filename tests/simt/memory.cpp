@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <string>
+#include <unordered_map>
 
 namespace simt {
 
@@ -16,35 +17,73 @@ void* SharedMemory::check(size_t offset, size_t bytes, const char* what) const {
   return data_.get() + offset;
 }
 
-SharedMemory::Touch SharedMemory::now() { return {current->number, current->number / kWarp, epoch()}; }
+namespace {
 
-bool SharedMemory::Touch::conflicts() const {
-  if (thread == kNobody || thread == current->number) return false;
+Touch now() { return {current->number, current->number / kWarp, epoch(), block_number()}; }
+
+// Words of two bytes, the least that kernels store, by eighths of 16 bytes.
+struct Line {
+  Word words[8];
+};
+std::unordered_map<uintptr_t, Line> global_lines;
+
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+}
+
+template <class Note>
+void note_global(const void* p, size_t bytes, Note note) {
+  const Touch me = now();
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p) / 2;
+  for (uintptr_t w = first; w < first + (bytes + 1) / 2; ++w) {
+    const std::string race = note(global_lines[w / 8].words[w % 8], me);
+    if (!race.empty()) fail("race on global memory: " + race);
+  }
+}
+
+}  // namespace
+
+bool Touch::conflicts() const {
+  if (thread == kNobody) return false;
+  if (block != block_number()) return !knows(block, when.of_block);
+  if (thread == current->number) return false;
   const Epoch present = epoch();
   if (when.of_block != present.of_block) return false;
   return warp != current->number / kWarp || when.of_warp == present.of_warp;
 }
 
-std::string SharedMemory::Touch::by() const {
-  return thread == kSeveral ? "several threads" : "thread " + std::to_string(thread);
+std::string Touch::by() const {
+  return (thread == kSeveral ? "several threads" : "thread " + std::to_string(thread)) +
+         (block == block_number() ? "" : " of block " + std::to_string(block));
+}
+
+std::string Word::note_read(const Touch& me) {
+  if (write.conflicts()) return "read, and written by " + write.by() + ", no barrier between";
+  const bool same_time = read.block == me.block && read.when.of_block == me.when.of_block &&
+                         (read.warp != me.warp || read.when.of_warp == me.when.of_warp);
+  if (read.thread == Touch::kNobody || (read.thread == me.thread && read.block == me.block) || !same_time) {
+    // Of readers in several blocks the last is remembered, and of those that are not ordered one of another block.
+    if (read.block == me.block || !read.conflicts()) read = me;
+  } else {
+    read = {Touch::kSeveral, read.warp == me.warp ? me.warp : Touch::kSeveral, me.when, me.block};
+  }
+  return "";
+}
+
+std::string Word::note_write(const Touch& me) {
+  const bool written = write.conflicts();
+  if (written || read.conflicts())
+    return "written, and " + (written ? "written by " + write.by() : "read by " + read.by()) + ", no barrier between";
+  write = me;
+  return "";
 }
 
 void* SharedMemory::read(size_t offset, size_t bytes) {
   void* place = check(offset, bytes, "read of");
   const Touch me = now();
   for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-    Word& word = words_[w];
-    if (word.write.conflicts())
-      fail("race on shared memory at " + std::to_string(4 * w) + ": read, and written by " + word.write.by() +
-           ", no barrier between");
-    Touch& read = word.read;
-    const bool same_time =
-        read.when.of_block == me.when.of_block && (read.warp != me.warp || read.when.of_warp == me.when.of_warp);
-    if (read.thread == Touch::kNobody || read.thread == me.thread || !same_time) {
-      read = me;
-    } else {
-      read = {Touch::kSeveral, read.warp == me.warp ? me.warp : Touch::kSeveral, me.when};
-    }
+    const std::string race = words_[w].note_read(me);
+    if (!race.empty()) fail("race on shared memory at " + std::to_string(4 * w) + ": " + race);
   }
   return place;
 }
@@ -53,18 +92,24 @@ void* SharedMemory::write(size_t offset, size_t bytes) {
   void* place = check(offset, bytes, "write to");
   const Touch me = now();
   for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-    Word& word = words_[w];
-    const bool written = word.write.conflicts();
-    if (written || word.read.conflicts())
-      fail("race on shared memory at " + std::to_string(4 * w) + ": written, and " +
-           (written ? "written by " + word.write.by() : "read by " + word.read.by()) + ", no barrier between");
-    word.write = me;
+    const std::string race = words_[w].note_write(me);
+    if (!race.empty()) fail("race on shared memory at " + std::to_string(4 * w) + ": " + race);
   }
   return place;
 }
 
-void check_aligned(const void* p, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+void note_load(const void* p, size_t bytes) {
+  check_aligned(p, bytes);
+  counts.bytes_loaded += bytes;
+  if (blocks_meet()) note_global(p, bytes, [](Word& word, const Touch& me) { return word.note_read(me); });
 }
+
+void note_store(const void* p, size_t bytes) {
+  check_aligned(p, bytes);
+  counts.bytes_stored += bytes;
+  if (blocks_meet()) note_global(p, bytes, [](Word& word, const Touch& me) { return word.note_write(me); });
+}
+
+void forget_global() { global_lines.clear(); }
 
 }  // namespace simt

@@ -4,7 +4,8 @@
 // two threads that touch a word without a barrier between them (one of them writing) are a reported race whatever the
 // schedule was. Bank conflicts: the n-th access of each lane since the warp last met counts as one access of the warp.
 //
-// Accesses to global memory are counted and must be aligned to their size.
+// Accesses to global memory are counted and must be aligned to their size. In a cooperative launch, whose blocks exchange
+// data, they are remembered in the same way; what another block did is ordered if a signal said so.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -21,6 +22,22 @@ struct Epoch {
   uint32_t of_block, of_warp;
 };
 
+// Who touched a word last in one way, and when. Several: threads of one warp, or of more than one.
+struct Touch {
+  static constexpr int kNobody = -1, kSeveral = -2;
+  int thread = kNobody, warp = kNobody;
+  Epoch when{};
+  size_t block = 0;
+  bool conflicts() const;  // with an access by the running thread, now
+  std::string by() const;
+};
+struct Word {
+  Touch write, read;
+  // Who raced with an access by the running thread, or "".
+  std::string note_read(const Touch& me);
+  std::string note_write(const Touch& me);
+};
+
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes);
@@ -32,18 +49,6 @@ class SharedMemory {
   size_t bytes() const { return bytes_; }
 
  private:
-  // Who touched a word last in one way, and when. Several: threads of one warp, or of more than one.
-  struct Touch {
-    static constexpr int kNobody = -1, kSeveral = -2;
-    int thread = kNobody, warp = kNobody;
-    Epoch when{};
-    bool conflicts() const;  // with an access by the running thread, now
-    std::string by() const;
-  };
-  struct Word {
-    Touch write, read;
-  };
-  static Touch now();
   void* check(size_t offset, size_t bytes, const char* what) const;
 
   size_t bytes_;
@@ -55,6 +60,12 @@ class SharedMemory {
 SharedMemory& shared_memory();
 Epoch epoch();
 void note_bank_access(size_t offset, size_t bytes);
+
+// Of the launch: whether its blocks meet; the running fiber's block; whether it knows that a block had passed more
+// barriers than so many.
+bool blocks_meet();
+size_t block_number();
+bool knows(size_t block, uint32_t barriers);
 
 // A pointer into shared memory whose every access goes through SharedMemory.
 template <class T>
@@ -97,6 +108,9 @@ class Shared {
   size_t offset_;
 };
 
-void check_aligned(const void* p, size_t bytes);
+// Checks an access to global memory and counts it.
+void note_load(const void* p, size_t bytes);
+void note_store(const void* p, size_t bytes);
+void forget_global();  // at the end of a launch
 
 }  // namespace simt

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -12,6 +13,7 @@ namespace simt {
 
 __thread Thread* current = nullptr;
 Config config;
+DeviceSize device;
 Counts counts;
 int planted = -1;
 
@@ -20,6 +22,7 @@ namespace {
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;  // cudaError_t
 
 struct Block;
+struct Lane;
 
 // The lanes of one mask that wait for the rest of it.
 struct Meeting {
@@ -60,13 +63,33 @@ struct Barrier {
   uint32_t passed = 0;
 };
 
+// How many barriers each block of a launch had passed, as far as somebody knows: what threads did before is ordered.
+using Clocks = std::vector<uint32_t>;
+
+void learn(Clocks& clocks, const Clocks& others) {
+  for (size_t i = 0; i < clocks.size(); ++i) clocks[i] = std::max(clocks[i], others[i]);
+}
+
+// A word that blocks signal through.
+struct Signal {
+  struct Waiting {
+    Lane* lane;
+    unsigned least;
+  };
+  Clocks known;
+  std::vector<Waiting> waiting;
+};
+
 struct Block {
   SharedMemory shared;
+  size_t number;         // in the launch
+  Clocks known, learned;  // by all of its threads; by one of them since the last barrier
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Lane>> lanes;
   Barrier barrier;
   size_t running = 0;  // lanes that have not returned
-  explicit Block(size_t shared_bytes) : shared(shared_bytes) {}
+  Block(size_t shared_bytes, size_t number, size_t blocks)
+      : shared(shared_bytes), number(number), known(blocks), learned(blocks) {}
 };
 
 // The launch in progress.
@@ -75,7 +98,7 @@ struct State {
   bool cooperative = false;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Lane*> ready;
-  Barrier grid;
+  std::map<const unsigned*, Signal> signals;
   size_t running = 0;
   uint64_t random = 1;
   bool failed = false;
@@ -98,17 +121,14 @@ void wait_at(const char* place) {
   lane->waits_at = nullptr;
 }
 
-void pass(Barrier& barrier) {
+void pass_barrier(Block& block) {
+  Barrier& barrier = block.barrier;
   ++barrier.passed;
+  learn(block.known, block.learned);
   state.ready.insert(state.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
   barrier.waiting.clear();
 }
 
-void arrive(Barrier& barrier, size_t needed, const char* name) {
-  barrier.waiting.push_back(self());
-  if (barrier.waiting.size() == needed) pass(barrier);
-  wait_at(name);
-}
 
 std::string where(const Thread& t) {
   return "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " + std::to_string(t.block.z) +
@@ -157,13 +177,14 @@ void thread_main() {
   Block& block = *lane->of;
   --state.running;
   --block.running;
-  if (block.running && block.barrier.waiting.size() == block.running) pass(block.barrier);
-  if (state.running && state.grid.waiting.size() == state.running) pass(state.grid);
+  if (block.running && block.barrier.waiting.size() == block.running) pass_barrier(block);
   lane->fiber.suspend();
 }
 
 void add_block(const Launch& what, Index index) {
-  state.blocks.push_back(std::make_unique<Block>(what.shared_bytes));
+  const size_t number = index.x + what.grid.x * (index.y + size_t(what.grid.y) * index.z);
+  const size_t blocks = what.cooperative ? size_t(what.grid.x) * what.grid.y * what.grid.z : 0;
+  state.blocks.push_back(std::make_unique<Block>(what.shared_bytes, number, blocks));
   Block& block = *state.blocks.back();
   const int threads = int(what.block.x * what.block.y * what.block.z);
   block.warps.resize((threads + kWarp - 1) / kWarp);
@@ -238,7 +259,8 @@ void run() {
   state.blocks.clear();  // after a failure the other fibers are left where they are: kernels own nothing
   state.ready.clear();
   state.running = 0;
-  state.grid = {};
+  state.signals.clear();
+  forget_global();
 }
 
 }  // namespace
@@ -254,12 +276,40 @@ void block_barrier() {
   Block& block = *self()->of;
   if (block.barrier.waiting.size() + 1 == block.running)
     for (Warp& warp : block.warps) settle_banks(warp);
-  arrive(block.barrier, block.running, "__syncthreads");
+  block.barrier.waiting.push_back(self());
+  if (block.barrier.waiting.size() == block.running) pass_barrier(block);
+  wait_at("__syncthreads");
 }
 
-void grid_barrier() {
-  if (!state.cooperative) fail("a grid barrier in a launch that is not cooperative");
-  arrive(state.grid, state.running, "the grid barrier");
+void signal(unsigned* word) {
+  if (!state.cooperative) fail("a signal between blocks in a launch that is not cooperative");
+  Block& block = *self()->of;
+  Signal& signal = state.signals[word];
+  if (signal.known.empty()) signal.known.resize(block.known.size());
+  learn(signal.known, block.known);
+  signal.known[block.number] = std::max(signal.known[block.number], block.barrier.passed);
+  ++*word;
+  auto& waiting = signal.waiting;
+  for (size_t i = 0; i < waiting.size();) {
+    if (*word < waiting[i].least) {
+      ++i;
+      continue;
+    }
+    state.ready.push_back(waiting[i].lane);
+    waiting[i] = waiting.back();
+    waiting.pop_back();
+  }
+}
+
+void wait_for(const unsigned* word, unsigned least) {
+  if (!state.cooperative) fail("a wait for other blocks in a launch that is not cooperative");
+  Block& block = *self()->of;
+  if (*word < least) {
+    state.signals[word].waiting.push_back({self(), least});
+    wait_at("a wait for other blocks");
+  }
+  const auto found = state.signals.find(word);
+  if (found != state.signals.end() && !found->second.known.empty()) learn(block.learned, found->second.known);
 }
 
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
@@ -295,8 +345,12 @@ SharedMemory& shared_memory() { return self()->of->shared; }
 
 Epoch epoch() {
   Lane* lane = self();
-  return {lane->of->barrier.passed + state.grid.passed, lane->warp->syncs};
+  return {lane->of->barrier.passed, lane->warp->syncs};
 }
+
+bool blocks_meet() { return state.cooperative; }
+size_t block_number() { return self()->of->number; }
+bool knows(size_t block, uint32_t barriers) { return barriers < self()->of->known[block]; }
 
 void note_bank_access(size_t offset, size_t bytes) {
   Lane* lane = self();

@@ -58,8 +58,15 @@ extern Counts counts;
 struct Launch {
   Index grid, block;
   size_t shared_bytes;
-  bool cooperative;  // all blocks are there at once, and grid_barrier() is allowed
+  bool cooperative;  // all blocks are there at once, and may wait for each other's signals
 };
+
+// The device that launchers see; tests make it smaller, so that small shapes take the ways of large ones.
+struct DeviceSize {
+  int multiprocessors = 16;
+  int shared_bytes = kMostShared;  // of a block
+};
+extern DeviceSize device;
 
 // Runs body once for every thread. Returns a cudaError_t; last_error() has the words.
 int launch(const Launch& what, const std::function<void()>& body);
@@ -70,7 +77,11 @@ const std::string& last_error();
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch
 void block_barrier();
-void grid_barrier();
+
+// Between blocks of a cooperative launch: adds one to a word of global memory, after all that this thread knows of; and
+// goes on once the word is at least `least`, knowing what those knew who added to it.
+void signal(unsigned* word);
+void wait_for(const unsigned* word, unsigned least);
 
 // The lanes of `mask` meet; each brings a value. The last to come runs `combine(values, mask)` for all, where
 // values[lane] is what that lane brought; it may write through them.

@@ -3,10 +3,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <device/grid.h>
 #include <device/intrinsics.h>
 
 namespace {
 
+using handtuned::cuda::BlockGroup;
 using handtuned::cuda::load_global;
 using handtuned::cuda::shared;
 using handtuned::cuda::store_global;
@@ -85,10 +87,37 @@ void shuffles(const float* in, float* out) {
 void through_the_grid(const float* in, float* out) {
   float* partial = out + gridDim.x;
   if (threadIdx.x == 0) store_global(partial + blockIdx.x, load_global(in + blockIdx.x));
-  simt::grid_barrier();
+  BlockGroup blocks{reinterpret_cast<unsigned*>(out + 1000), gridDim.x};
+  blocks.meet();
   float sum = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) sum += load_global(partial + b);
   if (threadIdx.x == 0) store_global(out + blockIdx.x, sum);
+}
+
+// The same without a barrier, and with a barrier of each block alone.
+void through_the_grid_at_once(const float* in, float* out) {
+  if (threadIdx.x == 0) store_global(out + blockIdx.x, load_global(in + blockIdx.x));
+  load_global(out + (blockIdx.x + 1) % gridDim.x);
+}
+void a_signal_before_the_barrier(const float* in, float* out) {
+  unsigned* word = reinterpret_cast<unsigned*>(out + 1000);
+  if (threadIdx.x == 1) store_global(out + blockIdx.x, load_global(in + blockIdx.x));
+  if (threadIdx.x == 0) handtuned::cuda::signal(word);
+  if (threadIdx.x == 0) handtuned::cuda::wait_for(word, gridDim.x);
+  __syncthreads();
+  load_global(out + (blockIdx.x + 1) % gridDim.x);
+}
+void no_barrier_after_the_wait(const float* in, float* out) {
+  unsigned* word = reinterpret_cast<unsigned*>(out + 1000);
+  if (threadIdx.x == 1) store_global(out + blockIdx.x, load_global(in + blockIdx.x));
+  __syncthreads();
+  if (threadIdx.x == 0) handtuned::cuda::signal(word);
+  if (threadIdx.x == 0) handtuned::cuda::wait_for(word, gridDim.x);
+  load_global(out + (blockIdx.x + 1) % gridDim.x);
+}
+void one_block_does_not_come(const float*, float* out) {
+  BlockGroup blocks{reinterpret_cast<unsigned*>(out + 1000), gridDim.x};
+  if (blockIdx.x != 0) blocks.meet();
 }
 
 struct Unit {
@@ -113,6 +142,10 @@ const Unit units[] = {
     {"strided_words_33", strided_words<33>},
     {"shuffles", shuffles},
     {"through_the_grid", through_the_grid},
+    {"through_the_grid_at_once", through_the_grid_at_once},
+    {"a_signal_before_the_barrier", a_signal_before_the_barrier},
+    {"no_barrier_after_the_wait", no_barrier_after_the_wait},
+    {"one_block_does_not_come", one_block_does_not_come},
 };
 
 }  // namespace

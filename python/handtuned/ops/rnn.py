@@ -172,7 +172,11 @@ class RnnArguments(Arguments):
             f"input has width {given.shape[-1]}, weights[0] has {self.inputs} columns; they must be equal",
         )
         if lengths is not None:
-            self.check_device("lengths", lengths)
+            self.require(
+                lengths.device.type in ("cpu", "meta"),
+                f"lengths is on {lengths.device}, expected on the CPU, where the steps are planned; move it with "
+                ".cpu()",
+            )
             self.require(lengths.dtype == torch.int64, f"lengths is {lengths.dtype}, expected int64; convert it")
             self.require(
                 lengths.dim() == 1 and lengths.numel() == self.batch,
