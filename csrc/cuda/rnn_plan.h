@@ -11,7 +11,8 @@
 namespace handtuned::cuda {
 
 constexpr int kRnnThreads = 256, kRnnWarps = kRnnThreads / 32;
-constexpr int kChunksHeld = 8;               // of a part of a matrix's depth: 32 lanes, 16 bytes of states each
+constexpr int kChunksHeld = 8;          // at most, of a part of a matrix's depth: 32 lanes, 16 bytes of states each
+constexpr int64_t kCommonBlocks = 128;  // of a direction on a large GPU: a depth is cut into parts for those
 constexpr int64_t kStretchBytes = 64 << 20;  // of the input's products that are made ahead of the steps
 constexpr int64_t kMostStretch = 128;        // steps; reading the weights once more takes as long as two
 constexpr int64_t kSumsBytes = 16 << 10;     // of shared memory, unless eight rows take more
@@ -26,7 +27,7 @@ struct DeviceLimits {
 // warp at once.
 struct SlicePlan {
   int units, blocks;
-  int groups, quads, chunks, parts;
+  int groups, quads, chunks, parts, chunks_of_part;
   int64_t bytes;  // of a block's rows in shared memory
 
   int pairs() const { return quads * parts; }
@@ -53,7 +54,12 @@ inline SlicePlan plan_slice(const MatrixShape& m, DType dtype, int64_t blocks) {
   if (m.height == 0) return plan;
   plan.groups = int(m.groups);
   plan.chunks = int((m.depth + numbers - 1) / numbers);
-  plan.parts = (plan.chunks + kChunksHeld - 1) / kChunksHeld;
+  // Parts are there to give each warp of a block something to do where a block has few quads.
+  const int64_t common_rows = (m.height + kCommonBlocks - 1) / kCommonBlocks * m.groups;
+  const int64_t wanted = kRnnWarps / ((common_rows + 3) / 4);
+  plan.chunks_of_part = int(wanted > 1 ? (plan.chunks + wanted - 1) / wanted : plan.chunks);
+  if (plan.chunks_of_part > kChunksHeld) plan.chunks_of_part = kChunksHeld;
+  plan.parts = (plan.chunks + plan.chunks_of_part - 1) / plan.chunks_of_part;
   // Each warp has a pair of quad and part, and there are no more blocks than may be.
   const int64_t quads = (kRnnWarps + plan.parts - 1) / plan.parts, least_units = (4 * quads + m.groups - 1) / m.groups;
   const int64_t share = (m.height + blocks - 1) / blocks;

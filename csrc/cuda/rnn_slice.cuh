@@ -40,13 +40,13 @@ __device__ inline Span<T> load_span(const T* p, int64_t count, bool wide) {
 }
 
 // A matrix in device memory, and the rows of it that are a block's: of each of `groups` blocks of `height` rows those
-// from `first` on, `units` of them. They are numbered group by group. The depth is cut into parts of kChunksHeld
+// from `first` on, `units` of them. They are numbered group by group. The depth is cut into parts of whole
 // chunks.
 template <class T>
 struct Slice {
   const T* data;
   int64_t depth, height, first;
-  int units, groups, chunks, parts;
+  int units, groups, chunks, parts, chunks_of_part;
   bool wide;  // every row starts at a multiple of a span and ends at one
 
   __device__ Slice(const T* data, const MatrixShape& shape, const SlicePlan& plan)
@@ -57,6 +57,7 @@ struct Slice {
         groups(plan.groups),
         chunks(plan.chunks),
         parts(plan.parts),
+        chunks_of_part(plan.chunks_of_part),
         wide(shape.depth % kSpan<T> == 0) {
     const int64_t left = height - first;
     units = left < plan.units ? left < 0 ? 0 : int(left) : plan.units;
@@ -81,12 +82,14 @@ class Kept<T, true> {
 
  public:
   __device__ Kept(const Slice<T>& slice, int, bool) {
-    const int pair = threadIdx.x / kWarp, quad = pair / slice.parts, first = pair % slice.parts * kChunksHeld;
+    const int pair = threadIdx.x / kWarp, quad = pair / slice.parts, first = pair % slice.parts * slice.chunks_of_part;
 #pragma unroll
     for (int chunk = 0; chunk < kChunksHeld; ++chunk)
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) {
-        const Span<T> span = slice.load(quad * kQuad + i, ((first + chunk) * kWarp + threadIdx.x % kWarp) * kSpan<T>);
+        Span<T> span = {};
+        if (chunk < slice.chunks_of_part)
+          span = slice.load(quad * kQuad + i, ((first + chunk) * kWarp + threadIdx.x % kWarp) * kSpan<T>);
 #pragma unroll
         for (int k = 0; k < kSpan<T>; ++k) held_[chunk][i][k] = widen(span.value[k]);
       }
@@ -167,7 +170,7 @@ __device__ inline Accumulate<T> multiply(const Slice<T>& slice, const Kept<T, In
     kept.get(weight, slice, quad, first, chunk);
 #pragma unroll
     for (int r = 0; r < kGroup; ++r) {
-      if (r < count) {
+      if (count > r) {
 #pragma unroll
         for (int i = 0; i < kQuad; ++i)
 #pragma unroll
@@ -175,11 +178,11 @@ __device__ inline Accumulate<T> multiply(const Slice<T>& slice, const Kept<T, In
       }
     }
   };
-  const int chunks = slice.chunks - first < kChunksHeld ? slice.chunks - first : kChunksHeld;
+  const int chunks = slice.chunks - first < slice.chunks_of_part ? slice.chunks - first : slice.chunks_of_part;
   if constexpr (InRegisters) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunksHeld; ++chunk)
-      if (chunk < chunks) add(chunk);
+    for (int nth = 0; nth < kChunksHeld; ++nth)
+      if (nth < chunks) add(nth);
   } else {
     for (int chunk = 0; chunk < chunks; ++chunk) add(chunk);
   }
@@ -195,10 +198,11 @@ __device__ inline void multiply_slice(const Slice<T>& slice, const Kept<T, InReg
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, pairs = slice.quads() * slice.parts;
   for (int pair = threadIdx.x / kWarp; pair < pairs; pair += warps) {
     const int quad = pair / slice.parts, part = pair % slice.parts;
-    for (int r = 0; r < count; r += kGroup) {
-      const Accumulate<T> sum = multiply(slice, kept, quad, part * kChunksHeld, states + r * pitch, pitch, count - r);
-      const int row = r + lane / kQuad;
-      if (row < count) sums[row * sums_pitch + (part * slice.quads() + quad) * kQuad + lane % kQuad] = sum;
+    for (int from = 0; from < count; from += kGroup) {
+      const Accumulate<T> sum =
+          multiply(slice, kept, quad, part * slice.chunks_of_part, states + from * pitch, pitch, count - from);
+      const int row = from + lane / kQuad;  // of a whole group, for which there is room
+      sums[row * sums_pitch + (part * slice.quads() + quad) * kQuad + lane % kQuad] = sum;
     }
   }
 }
@@ -218,7 +222,7 @@ __device__ inline void multiply_states(const Slice<T>& slice, const Kept<T, InRe
   const Shared<Accumulate<T>> sums = shared<Accumulate<T>>(0);
   for (int64_t from = 0; from < places; from += plan.turn) {
     const int count = places - from < plan.turn ? int(places - from) : plan.turn;
-    __syncthreads();  // the sums of the turn before were read
+    __syncthreads();  // the sums of the turn before were read; other blocks were met
     multiply_slice(slice, kept, states + from * pitch, pitch, count, sums, plan.pitch);
     __syncthreads();
     for (int i = threadIdx.x; i < count * slice.units; i += blockDim.x)

@@ -43,6 +43,17 @@ EQUIVALENT = {
     ("norm_backward.cuh", "first_row < end"): "a last turn in which no thread has a row",
     ("norm_backward.cuh", "p.grad_new_residual.data != nullptr"): "saves registers: that row is nullptr anyway",
     ("norm_rows.cuh", "left < kLanes<T>"): "keeps the count an int for rows of more than 2^31 elements",
+    ("product.cuh", "k < depth"): "a last turn that brings zeros alone",
+    ("rnn_backward.cuh", "zones"): "keeps infinities: without zoneout the share is 1",
+    ("rnn_forward.cuh", "y.noise.zones_cell"): "likewise",
+    ("rnn_gradients.cuh", "direction == 0"): "an order of additions",
+    ("rnn_gradients.cuh", "from < rows"): "a last turn without rows",
+    ("rnn_gradients.cuh", "y.noise.drops_weight"): "saves time: at p = 0 every element is kept and scaled by 1",
+    ("rnn_rows.cuh", "n < 8"): "numbers are below 8",
+    ("rnn_slice.cuh", "count > r"): "saves time: states that are not there are 0",
+    ("rnn_slice.cuh", "from < count"): "a last turn without rows",
+    ("rnn_slice.cuh", "from < places"): "a last turn without rows",
+    ("rnn_slice.cuh", "nth < kChunksHeld"): "no part has more chunks",
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 

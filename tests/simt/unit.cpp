@@ -89,6 +89,7 @@ void through_the_grid(const float* in, float* out) {
   if (threadIdx.x == 0) store_global(partial + blockIdx.x, load_global(in + blockIdx.x));
   BlockGroup blocks{reinterpret_cast<unsigned*>(out + 1000), gridDim.x};
   blocks.meet();
+  __syncthreads();
   float sum = 0;
   for (unsigned b = 0; b < gridDim.x; ++b) sum += load_global(partial + b);
   if (threadIdx.x == 0) store_global(out + blockIdx.x, sum);
@@ -109,10 +110,9 @@ void a_signal_before_the_barrier(const float* in, float* out) {
 }
 void no_barrier_after_the_wait(const float* in, float* out) {
   unsigned* word = reinterpret_cast<unsigned*>(out + 1000);
+  BlockGroup blocks{word, gridDim.x};
   if (threadIdx.x == 1) store_global(out + blockIdx.x, load_global(in + blockIdx.x));
-  __syncthreads();
-  if (threadIdx.x == 0) handtuned::cuda::signal(word);
-  if (threadIdx.x == 0) handtuned::cuda::wait_for(word, gridDim.x);
+  blocks.meet();
   load_global(out + (blockIdx.x + 1) % gridDim.x);
 }
 void one_block_does_not_come(const float*, float* out) {

@@ -13,7 +13,7 @@ struct BlockGroup {
   unsigned blocks;
   unsigned met = 0;
 
-  // What any thread of the group did before is seen by all of them afterwards.
+  // What any thread of the group did before is seen by all of them after the caller's next __syncthreads().
   __device__ void meet() {
     ++met;
     __syncthreads();
@@ -21,7 +21,6 @@ struct BlockGroup {
       signal(word);
       wait_for(word, met * blocks);
     }
-    __syncthreads();
   }
 };
 
