@@ -46,7 +46,7 @@ test-gpu-full: $(VENV)/test-build.stamp
 
 # The test build, because results are compared with the emulator's.
 gpu-check: $(VENV)/test-build.stamp
-	$(BIN)/python -m bench.gpu_check $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu_check $(ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""What a machine with a GPU can say that no other can: the CUDA and Triton kernels on the real device, checked and timed.
+"""What a machine with a GPU alone can say: the CUDA and Triton kernels on the real device, checked and timed.
 
-    make gpu-check [ARGS="--quick | --dry-run | --output DIR"]        python -m bench.gpu_check ...
+    make gpu-check [ARGS="--quick | --dry-run | --output DIR"]        PYTHONPATH=tests python -m bench.gpu_check ...
 
 Checks: the cases of the tests on the device, against the contract (errors against float64 at most 1.5 times torch's)
 and against what the emulator of the tests computes for the same tensors. Times: against torch's own kernels, by CUDA
@@ -24,15 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # cases.py and numerics.py
-
 import cases
 import numerics
 import simt_tools
+import torch
+from torch import Tensor
 
 import handtuned
 
@@ -204,10 +200,12 @@ def norm_results(case: cases.Case, t: cases.Tensors, device: torch.device) -> di
     def move(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or device.type == "cpu":
             return tensor
-        moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-        return tensor.to(device) if 0 in tensor.stride() else moved.copy_(tensor)
+        if 0 in tensor.stride():
+            return tensor.to(device)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
-    there = cases.Tensors(**{name: move(getattr(t, name)) for name in cases.Tensors.__dataclass_fields__})
+    moved: dict[str, Any] = {name: move(getattr(t, name)) for name in cases.Tensors.__dataclass_fields__}
+    there = cases.Tensors(**moved)
     leaves = there.leaves()
     return {name: v.cpu() for name, v in cases.results(cases.run(case, leaves), leaves, there).items()}
 

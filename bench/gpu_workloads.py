@@ -1,4 +1,4 @@
-"""What gpu_check times: norms against torch's own, attention against each kernel of torch's SDPA, LSTM against cuDNN."""
+"""What gpu_check times: norms against torch's own, attention against each kernel of torch's SDPA, LSTM with cuDNN."""
 
 from __future__ import annotations
 
@@ -82,11 +82,13 @@ def attention(shape: tuple[int, int, int, int], dtype: torch.dtype, causal: bool
         def on(device: torch.device) -> Callable[[], object]:
             leaves = [torch.randn(shape, device=device, dtype=dtype).requires_grad_(backward) for _ in range(3)]
 
+            q, k, v = leaves
+
             def forward() -> tuple[Tensor, ...]:
                 if backend is None:
-                    return (H.scaled_dot_product_attention(*leaves, is_causal=causal),)
+                    return (H.scaled_dot_product_attention(q, k, v, is_causal=causal),)
                 with sdpa_kernel(backend):
-                    return (F.scaled_dot_product_attention(*leaves, is_causal=causal),)
+                    return (F.scaled_dot_product_attention(q, k, v, is_causal=causal),)
 
             return round_trip(forward, leaves, backward)
 

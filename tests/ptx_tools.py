@@ -27,13 +27,26 @@ class Counts(ctypes.Structure):
     """What launches executed since the last reset; the fields of ptx::Counts."""
 
     _fields_ = tuple(
-        (name, ctypes.c_uint64) for name in ("launches", "instructions", "products", "bytes_loaded", "bytes_stored")
+        (name, ctypes.c_uint64)
+        for name in (
+            "launches",
+            "instructions",
+            "products",
+            "bytes_loaded",
+            "bytes_stored",
+            "arithmetic",
+            "memory",
+            "exchanges",
+        )
     )
     launches: int
     instructions: int  # of warps
     products: int  # mma
     bytes_loaded: int  # from global memory
     bytes_stored: int
+    arithmetic: int  # floating point
+    memory: int  # loads and stores, but of parameters
+    exchanges: int  # shuffles, votes
 
 
 @functools.cache

@@ -71,14 +71,14 @@ class Broken(gpu_check.Dry):
 
 
 @pytest.fixture(scope="module")
-def broken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a device on which every third check fails, with the shapes of a dry run."""
     folder = tmp_path_factory.mktemp("broken")
     with pytest.MonkeyPatch.context() as patch:
         original = gpu_workloads.workloads
         patch.setattr(gpu_workloads, "workloads", lambda small, quick: original(True, quick))
         assert gpu_check.report(Broken(), folder, quick=True) == 1
-    yield folder
+    return folder
 
 
 def test_a_failing_row_is_reported_in_its_place(broken: Path) -> None:
@@ -114,9 +114,7 @@ def test_nothing_runs_on_a_lost_device(tmp_path: Path) -> None:
 
 def test_a_wrong_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     original = gpu_check.norm_results
-    monkeypatch.setattr(
-        gpu_check, "norm_results", lambda *a: {name: v + 1 for name, v in original(*a).items()}
-    )
+    monkeypatch.setattr(gpu_check, "norm_results", lambda *a: {name: v + 1 for name, v in original(*a).items()})
     rows = gpu_check.checks(gpu_check.Dry() if gpu_check.simt_tools.LIBRARY.exists() else Broken(), quick=True)
     assert rows[0].status == "wrong"
     assert "output: rms error" in rows[0].why

@@ -206,6 +206,18 @@ void decode(Kernel& kernel) {
                   kernel.name + "): " + in.text);
   }
   kernel.decoded = true;
+  static const char* const moves[] = {"mov", "selp", "setp", "neg", "abs", "cvt"};
+  for (Instruction& in : kernel.code) {
+    const bool moved = std::find(std::begin(moves), std::end(moves), in.parts[0]) != std::end(moves);
+    const bool real = in.type.kind == 'f' || in.type.kind == 'h';
+    if (in.parts[0] == "ld" || in.parts[0] == "st" || in.parts[0] == "atom" || in.parts[0] == "red") {
+      if (in.space != 'p') in.counted = 'm';
+    } else if (in.parts[0] == "shfl" || in.parts[0] == "vote" || in.parts[0] == "ldmatrix" || in.parts[0] == "mma") {
+      in.counted = 'w';
+    } else if (real && !moved) {
+      in.counted = 'a';
+    }
+  }
 }
 
 // ---- launches ------------------------------------------------------------------------------------------------------
@@ -286,6 +298,9 @@ void Machine::run_warp(Warp& warp, uint64_t instructions) {
     if (instruction.guarded) step.mask &= step.predicate(instruction.guard);
     if (step.mask) {
       ++counts.instructions;
+      counts.arithmetic += instruction.counted == 'a';
+      counts.memory += instruction.counted == 'm';
+      counts.exchanges += instruction.counted == 'w';
       instruction.action(step);
     }
     for (int l = 0; l < kWarp; ++l) warp.pc[l] += step.next >> l & 1;

@@ -21,6 +21,7 @@ struct Launch {
 // What launches executed since the last reset; instructions are those of warps.
 struct Counts {
   uint64_t launches, instructions, products, bytes_loaded, bytes_stored;  // products: mma; bytes: global memory
+  uint64_t arithmetic, memory, exchanges;                                 // by Instruction::counted
 };
 
 struct Config {

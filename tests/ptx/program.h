@@ -57,6 +57,9 @@ struct Instruction {
   char space = 0;     // 'g', 's', 'l', 'p', 0: generic
   bool ftz = false, sat = false;
   uint32_t detail = 0;  // what the action needs to know beyond that
+  // How it is counted: 'a' floating-point arithmetic, 'm' memory but parameters, 'w' of a warp, 0 the rest, of which
+  // ptxas makes more or fewer.
+  char counted = 0;
 
   bool has(const char* part) const;
 };
