@@ -6,7 +6,8 @@ Three bounds, of which the largest holds:
   bytes       what an op must move, by the bandwidth of the data sheet
   arithmetic  the floating-point instructions that the kernel's PTX executes, by the multiprocessors' units
   issue       those and its loads, stores, shuffles and votes, by the four schedulers of a multiprocessor, each of
-              which starts one a cycle. Address arithmetic and branches come on top; how many, ptxas decides, so they are left out.
+              which starts one a cycle. Address arithmetic and branches come on top; how many,
+              ptxas decides, so they are left out.
 The instructions are counted by the PTX simulator on a sample of rows. A bound is no time: no kernel reaches it.
 """
 

@@ -1,5 +1,6 @@
 """The CUDA norms under ThreadSanitizer (simt/races.cpp): no two CUDA threads touch one address of global or shared
-memory, one of them storing, without a barrier between them, of whatever blocks they are; and such a pair would be found."""
+memory, one of them storing, without a barrier between them, of whatever blocks they are; and such a pair would be
+found."""
 
 from __future__ import annotations
 

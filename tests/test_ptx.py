@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 
 import fragments
 import ptx_tools
@@ -190,6 +191,20 @@ def test_fma_rounds_once() -> None:
     assert same(each_thread("fma.rn.f32", (a, a, c), F32), (a.double() * a.double() + c.double()).float())
 
 
+def test_fma_with_a_directed_rounding() -> None:
+    """Against exact fractions; also where the sum needs more than a double."""
+    a = torch.tensor([1.1, -1.1, 3.0, 1 + 2.0**-23, 1e-30])
+    c = torch.tensor([0.3, 1e-9, -9.0, -1.0, 1.0])
+    exact = [Fraction(x) * Fraction(x) + Fraction(y) for x, y in zip(a.tolist(), c.tolist(), strict=True)]
+    below = each_thread("fma.rm.f32", (a, a, c), F32)
+    above = each_thread("fma.rp.f32", (a, a, c), F32)
+    for value, low, high in zip(exact, below.tolist(), above.tolist(), strict=True):
+        assert Fraction(low) <= value <= Fraction(high)
+        assert low == high if Fraction(low) == value else high == torch.nextafter(torch.tensor(low), torch.tensor(9e9))
+    zero = each_thread("fma.rz.f32", (a, a, c), F32)
+    assert same(zero, torch.where(below > 0, below, above))
+
+
 def test_min_and_max_prefer_numbers_and_order_zeros() -> None:
     assert each_thread("min.f32", (FLOATS, OTHERS), F32)[9:].tolist() == [1.0, pytest.approx(0.1), 2.5]
     both = each_thread("max.NaN.f32", (FLOATS, OTHERS), F32)
@@ -364,6 +379,16 @@ def test_atomics(name: str, operand: str, wanted: int) -> None:
     body = """setp.ne.u32 %p1, %r0, 0; @!%p1 st.global.f32 [%d1], 0f00000000; bar.sync 0;
     red.global.add.f32 [%d1], 0f3F000000;"""
     assert run(body, torch.zeros(1), torch.zeros(1), threads=64).item() == 32.0
+
+
+@pytest.mark.parametrize(("least", "wanted"), [(0, 7), (40, 2 + 1), (64, 0)])
+def test_barriers_that_reduce(least: int, wanted: int) -> None:
+    """popc, or, and over the predicates of a whole block."""
+    body = f"""setp.ge.u32 %p1, %r0, {least}; bar.red.popc.u32 %r2, 0, %p1; bar.red.or.pred %p2, 0, %p1;
+    bar.red.and.pred %p3, 1, 64, %p1; selp.u32 %r5, 2, 0, %p2; selp.u32 %r3, 4, 0, %p3; add.u32 %r5, %r5, %r3;
+    setp.eq.u32 %p4, %r2, {64 - least}; setp.ne.u32 %p5, %r2, 0; and.pred %p4, %p4, %p5;
+    selp.u32 %r3, 1, 0, %p4; add.u32 %r5, %r5, %r3; {STORE}"""
+    assert run(body, torch.zeros(1), torch.zeros(64, dtype=I32), threads=64).tolist() == [wanted] * 64
 
 
 def test_a_barrier_between_blocks() -> None:

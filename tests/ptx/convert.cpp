@@ -6,8 +6,6 @@
 namespace ptx {
 namespace {
 
-enum Rounding : uint32_t { kNearest, kToZero, kDown, kUp };
-
 Rounding rounding_of(const Instruction& in) {
   if (in.has("rz") || in.has("rzi")) return kToZero;
   if (in.has("rm") || in.has("rmi")) return kDown;
@@ -21,14 +19,6 @@ double whole(double v, uint32_t how) {
     case kUp: return std::ceil(v);
     default: return std::nearbyint(v);
   }
-}
-
-// From what was rounded to nearest to what the rounding asks for.
-float directed(double v, float near, uint32_t how) {
-  const bool beyond = double(near) > v, below = double(near) < v;
-  if (how == kDown || (how == kToZero && v > 0)) return beyond ? std::nextafterf(near, -INFINITY) : near;
-  if (how == kUp || (how == kToZero && v < 0)) return below ? std::nextafterf(near, INFINITY) : near;
-  return near;
 }
 
 // The lower bits of the mantissa that a float16 or bfloat16 lacks, cut off: rounds to zero.
@@ -103,10 +93,10 @@ void to_integer(Step& step) {
 float float_of(const Instruction& in, const Source& v) {
   if (!v.is_float) {
     const float near = float(v.integer);  // rounds to nearest
-    return in.detail == kNearest ? near : directed(double(v.integer), near, in.detail);
+    return in.detail == kNearest ? near : directed({double(v.integer), 0}, in.detail);
   }
   const bool to_whole = in.has("rni") || in.has("rzi") || in.has("rmi") || in.has("rpi");
-  float r = to_whole ? float(whole(v.real, in.detail)) : directed(v.real, float(v.real), in.detail);
+  float r = to_whole ? float(whole(v.real, in.detail)) : directed({v.real, 0}, in.detail);
   if (in.sat) r = r > 0 ? std::min(r, 1.0f) : 0.0f;
   if (in.has("relu") && !(r > 0)) r = r != r ? r : 0.0f;
   return in.ftz ? flushed(r) : r;

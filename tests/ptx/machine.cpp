@@ -149,15 +149,16 @@ void trap(Step& step) { step.fail("a trap"); }
 
 void nothing(Step&) {}
 
-// bar.sync a(, threads)   bar.arrive a, threads
+// bar.sync a(, threads)   bar.arrive a, threads   bar.red.op d, a(, threads), p
 void barrier(Step& step) {
   const auto& operands = step.instruction.operands;
-  const unsigned number = unsigned(operands[0].number);
-  if (operands[0].is != Operand::Is::number || number >= 16) step.fail("a barrier needs a number below 16");
+  const size_t first = step.instruction.has("red");
+  const unsigned number = unsigned(operands[first].number);
+  if (operands[first].is != Operand::Is::number || number >= 16) step.fail("a barrier needs a number below 16");
   unsigned needed = 0;
-  if (operands.size() > 1) {
+  if (operands.size() > 1 + 2 * first) {
     uint32_t threads[kWarp];
-    step.get(1, threads);
+    step.get(first + 1, threads);
     needed = threads[__builtin_ctz(step.mask)];
     if (needed == 0 || needed % kWarp) step.fail("a barrier of " + std::to_string(needed) + " threads");
   }
@@ -173,8 +174,8 @@ bool decode_control(Instruction& in) {
   if (name == "ret" || name == "exit") return (in.action = leave);
   if (name == "trap") return (in.action = trap);
   if (name == "nanosleep" || name == "griddepcontrol") return (in.action = nothing);
-  const bool waits = in.has("sync") || in.has("arrive");
-  if ((name == "bar" || name == "barrier") && waits && !in.has("warp") && !in.has("cluster") && !in.has("red"))
+  const bool known = in.has("sync") || in.has("arrive") || in.has("red");
+  if ((name == "bar" || name == "barrier") && known && !in.has("warp") && !in.has("cluster"))
     return (in.action = barrier);
   return false;
 }
@@ -314,6 +315,8 @@ void Machine::arrive(Step& step, unsigned number, unsigned needed, bool waits) {
   if (barrier.arrived && barrier.needed != needed) step.fail("threads give a barrier different numbers of threads");
   barrier.needed = needed;
   barrier.arrived += unsigned(__builtin_popcount(step.mask));
+  if (step.instruction.has("red"))
+    barrier.yes += unsigned(__builtin_popcount(step.mask & step.predicate(step.instruction.operands.back())));
   if (waits) {
     barrier.waiting.emplace_back(&step.warp, step.mask);
     step.warp.blocked |= step.mask;
@@ -330,6 +333,14 @@ void Machine::check_barriers(Block& block) {
 
 void Machine::release(Barrier& barrier) {
   for (auto& [warp, lanes] : barrier.waiting) {
+    const Instruction& in = kernel.code[warp->pc[__builtin_ctz(lanes)]];
+    if (in.has("red")) {
+      Step step{*this, *warp, in, lanes, 0};
+      uint32_t count[kWarp];
+      std::fill_n(count, kWarp, barrier.yes);
+      const bool holds = in.has("or") ? barrier.yes > 0 : barrier.yes == barrier.arrived;
+      in.has("popc") ? step.put(size_t(0), count) : step.set_predicate(in.operands[0], holds ? ~0u : 0u);
+    }
     warp->blocked &= ~lanes;
     for (int l = 0; l < kWarp; ++l) warp->pc[l] += lanes >> l & 1;
   }

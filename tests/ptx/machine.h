@@ -55,7 +55,7 @@ struct Warp {
 struct Barrier {
   unsigned needed = 0, arrived = 0;
   std::vector<std::pair<Warp*, uint32_t>> waiting;
-  uint64_t votes = 0;  // of bar.red
+  unsigned yes = 0;  // of bar.red: threads whose predicate holds
 };
 
 struct Block {

@@ -36,6 +36,29 @@ inline uint16_t double_to_bfloat(double v) {
   return uint16_t(up + (below > 0x8000 || (below == 0x8000 && (up & 1))));
 }
 
+// A sum of doubles, exactly: sum + rest.
+struct Exact {
+  double sum, rest;
+};
+inline Exact two_sum(double a, double b) {
+  const double sum = a + b, of_b = sum - a;
+  return {sum, (a - (sum - of_b)) + (b - of_b)};
+}
+
+enum Rounding : uint32_t { kNearest, kToZero, kDown, kUp };
+
+// The float on the side that the rounding asks for.
+inline float directed(Exact v, uint32_t how) {
+  const float near = float(v.sum);
+  if (!std::isfinite(v.sum) || how == kNearest) return near;
+  const double wide = double(near);
+  const bool beyond = wide > v.sum || (wide == v.sum && v.rest < 0),
+             below = wide < v.sum || (wide == v.sum && v.rest > 0);
+  const bool positive = v.sum > 0;
+  if (how == kDown || (how == kToZero && positive)) return beyond ? std::nextafterf(near, -INFINITY) : near;
+  return below ? std::nextafterf(near, INFINITY) : near;
+}
+
 inline float flushed(float v) { return std::fpclassify(v) == FP_SUBNORMAL ? std::copysign(0.0f, v) : v; }
 
 }  // namespace ptx

@@ -95,6 +95,21 @@ void ternary(Step& step) {
   step.put(size_t(0), r);
 }
 
+// fma.rz, .rm, .rp of float: the product is exact in double, and so is the sum as two of them.
+void fma_directed(Step& step) {
+  const Instruction& in = step.instruction;
+  float a[kWarp], b[kWarp], c[kWarp], r[kWarp];
+  step.get(1, a);
+  step.get(2, b);
+  step.get(3, c);
+  for (int l = 0; l < kWarp; ++l)
+    r[l] = finish(in, directed(two_sum(double(begin(in, a[l])) * double(begin(in, b[l])), double(begin(in, c[l]))),
+                               in.has("rz")   ? kToZero
+                               : in.has("rm") ? kDown
+                                              : kUp));
+  step.put(size_t(0), r);
+}
+
 // ---- operations ----------------------------------------------------------------------------------------------------
 
 struct Add {
@@ -708,9 +723,12 @@ const std::map<std::string, Action (*)(const Instruction&)> kDecoders = {
 }  // namespace
 
 bool decode_scalar(Instruction& in) {
-  // Carries, roundings other than to nearest and integers that saturate are not there.
+  // Carries, roundings other than to nearest but of fma and integers that saturate are not there.
   const char* const unknown[] = {"cc", "rz", "rm", "rp", "xorsign"};
   const bool strange = std::any_of(std::begin(unknown), std::end(unknown), [&](const char* p) { return in.has(p); });
+  if (in.parts[0] == "fma" && in.type.kind == 'f' && in.type.bits == 32 &&
+      (in.has("rz") || in.has("rm") || in.has("rp")))
+    return (in.action = fma_directed);
   if (in.parts[0] != "cvt" && (strange || (in.sat && in.type.kind != 'f' && in.type.kind != 'h'))) return false;
   if (in.parts[0] == "setp") {
     const auto how = kComparisons.find(in.parts[1]);
