@@ -37,8 +37,8 @@ struct Broadcast {
   int64_t row, step;
 };
 
-// Not inline, and B in scalars: where a caller puts strides together in vector registers or spills them there, they wait
-// behind the multiply-adds of the block before, and the block's loads wait for them.
+// Not inline, and B in scalars: where a caller puts strides together in vector registers or spills them there, they
+// wait behind the multiply-adds of the block before, and the block's loads wait for them.
 template <class E, int NR, int MV, bool Add, class T>
 __attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t b_step, const T* a, int64_t a_step,
                                               int64_t depth, Accumulate<E>* c, int64_t c_row) {
