@@ -189,8 +189,7 @@ class ForwardTask {
   void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows, Broadcast<E> x) {
     A* sums = part.x + own * stretch_rows() * columns_;
     const A* bias = weights(part.direction).x_bias + (part.begin + own) * columns_;
-    for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, bias, columns_);
-    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums);
+    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums, bias);
   }
 
   // The rows of input of these steps, as operands: where they lie, or copies.
@@ -254,8 +253,11 @@ class ForwardTask {
       const int64_t i = back ? panels - 1 - j : j, panel = part.begin + own + i;
       A* sums = sums_ + i * n * columns_;
       if (y_.steps == 1) multiply_input(part, own + i, n, x);
-      for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, weights(d).h_bias + panel * columns_, columns_);
-      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums);
+      const A* bias = weights(d).h_bias + panel * columns_;
+      if (s > 0 || p_.h0)
+        multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums, bias);
+      else
+        for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, bias, columns_);
     }
     A *h = part.h + own * state, *c = part.c + own * state;
     const int64_t x_panel = stretch_rows() * columns_;
@@ -270,8 +272,7 @@ class ForwardTask {
     find_rows(d, s, n);
     A* h = part.r;
     for (int64_t i = part.r_begin; i < part.r_end; ++i, h += p_.batch * width) {
-      for (int64_t j = 0; j < n * width; j += L) store(sums_ + j, vec<A>{});
-      multiply(n, m, weights(d).r, y_.wr, i, sums_);
+      multiply(n, m, weights(d).r, y_.wr, i, sums_, kZeros<A>);
       for (int64_t j = 0; j < n * width; j += L)
         store(h + j, zone(part.zone_h.of(j / width, i * width + j % width), load(sums_ + j), load(h + j)));
     }
@@ -286,9 +287,11 @@ class ForwardTask {
 
   const DirectionWeights<A, T>& weights(int64_t d) const { return y_.weights[d]; }
 
-  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums) {
+  // sums[rows] = base + B * a panel
+  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums,
+                const A* base) {
     const W* weights = reinterpret_cast<const W*>(matrix + panel * panel_numbers<A>(m));
-    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums);
+    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums, base, 0);
   }
 
   Broadcast<E> state_operand(int64_t d, int64_t step) const {
