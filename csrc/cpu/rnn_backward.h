@@ -317,7 +317,7 @@ class BackwardTask {
     take(cell ? y_.kept_cell(d, row) : y_.output + (row * p_.directions + d) * p_.state);
   }
 
-  // dh of own panels += d * W_h, under the mask of the states.
+  // dh of own panels += d * W_h, under the mask of the states; with a projection nothing was left in dh.
   void pass_on(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
     for (int64_t i = 0; i < state_panels(part); ++i) {
@@ -333,7 +333,8 @@ class BackwardTask {
       for (int64_t place = 0; place < n && y_.masks; ++place)
         each_vector(state_begin(part) + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
           const int64_t at = place * W + v * L;
-          store(dh + at, load(dh + at) + load(sums + at) * load(y_.mask(d, place) + unit));
+          const vec<A> through = load(sums + at) * load(y_.mask(d, place) + unit);
+          store(dh + at, y_.projects() ? through : load(dh + at) + through);
         });
       if (y_.projects()) rejoin(part.zone_h, n, part.around + i * p_.batch * W, dh);
     }
