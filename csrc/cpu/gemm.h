@@ -42,8 +42,8 @@ struct Broadcast {
 // block's loads wait for them.
 template <class E, int NR, int MV, bool Add, class T>
 __attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t b_step, const T* a, int64_t a_step,
-                                              int64_t depth, Accumulate<E>* c, int64_t c_row,
-                                              const Accumulate<E>* base, int64_t base_row) {
+                                              int64_t depth, Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base,
+                                              int64_t base_row) {
   using A = Accumulate<E>;
   constexpr int L = kLanes<A>;
   vec<A> sum[NR][MV];
@@ -95,8 +95,7 @@ HT_INLINE void multiply_rows_onto(int64_t rows, Broadcast<E> b, const T* a, int6
 template <class E, int MV, bool Add, class T>
 HT_INLINE void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
                              int64_t c_row) {
-  multiply_row_blocks<E, MV, Add, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c,
-                                                     c_row);
+  multiply_row_blocks<E, MV, Add, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c, c_row);
 }
 
 // C is `vectors` vectors wide: in panels of two, or wider where rows are too few to keep the multipliers busy.
