@@ -114,12 +114,13 @@ inline void multiply(int64_t rows, int64_t vectors, Broadcast<E> b, const T* a, 
 
 // Dot products for few rows of A, where lanes along rows would stand empty: lanes run along the width, and L sums at a
 // time, of R rows with L / R rows of B, are added up by one transposition.
-//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C's rows c_row apart
-// B's rows come from memory, once, so they are read whole, one after the other, and asked for kAhead bytes before.
-template <class A, int R, class T>
-__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width, A* c,
-                                             int64_t c_row) {
-  constexpr int L = kLanes<A>, K = L / R, kAhead = 65536;
+//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C [n][R]
+// B's rows come from memory, once, so they are read whole, one after the other; where the hardware does not foresee
+// that, they are asked for Ahead bytes before.
+template <class A, int R, int Ahead, class T>
+__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width,
+                                             A* c) {
+  constexpr int L = kLanes<A>, K = L / R;
   const int64_t whole = width / L * L;
   for (int64_t j = 0; j < n; j += K) {
     vec<A> sum[L];
@@ -132,7 +133,7 @@ __attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A*
         for (int r = 0; r < R; ++r) own[r] += element * load(a + r * pitch + k);
       };
       for (int64_t k = 0; k < whole; k += L) {
-        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead);
+        if (Ahead && k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + k) + Ahead);
         add(load(row + k), k);
       }
       if (whole < width) add(load_first(row + whole, width - whole), whole);
@@ -143,8 +144,7 @@ __attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A*
     vec<A> total = {};
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) total += sum[i];
-    for (int i = 0; i < K && j + i < n; ++i)
-      for (int r = 0; r < R; ++r) c[(j + i) * c_row + r] = total[i * R + r];
+    store_first(c + j * R, total, (n - j) * R);
   }
 }
 
