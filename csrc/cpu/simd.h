@@ -124,7 +124,7 @@ HT_INLINE void stream_fence() {
 // The larger; b where one is NaN.
 HT_INLINE f32 larger(f32 a, f32 b) {
 #if defined(HT_AVX512)
-  return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+  return (f32)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
 #elif defined(HT_AVX2)
   return (f32)_mm256_max_ps((__m256)a, (__m256)b);
 #else
@@ -137,7 +137,7 @@ HT_INLINE double larger(double a, double b) { return a > b ? a : b; }
 // The smaller; b where one is NaN.
 HT_INLINE f32 smaller(f32 a, f32 b) {
 #if defined(HT_AVX512)
-  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
+  return (f32)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
 #elif defined(HT_AVX2)
   return (f32)_mm256_min_ps((__m256)a, (__m256)b);
 #else
