@@ -82,12 +82,24 @@ class RowsPiece {
            Arena::bytes_of<T>(kKeyBlock * value_pitch);
   }
 
-  // Runs use(j, rows, n) on rows [first + j, first + j + n) of keys or values: all of them, or those of each page.
+  // Runs use(j, rows, n) on rows [first + j, first + j + n) of keys or values, all of them where they lie one after the
+  // other. The hardware does not foresee rows far apart, so they are asked for before their turn, a few at a time.
   template <class Use>
-  void each_run(const AttentionTensor& t, int64_t first, int64_t n, Use use) {
-    for (int64_t j = 0, run; j < n; j += run) {
-      run = p_.pages ? least(n - j, p_.page_size - (first + j) % p_.page_size) : n;
-      use(j, Broadcast<T>{static_cast<const T*>(key_row(p_, t, e_, b_, kv_head_, first + j)), t.row, 1}, run);
+  void each_run(const AttentionTensor& t, int64_t first, int64_t n, int64_t width, Use use) {
+    const bool apart = p_.pages || t.row != width;
+    const int64_t end = first + n, few = apart ? 16 : n;
+    auto run_from = [&](int64_t row, int64_t stop) HT_LAMBDA {
+      if (p_.pages) stop = least(stop, row + p_.page_size - row % p_.page_size);
+      return KeyRange{row, least(stop, row + few)};
+    };
+    for (KeyRange run = run_from(first, end), next; run.begin < end; run = next) {
+      next = run_from(run.end, run.end < end ? end : keys_.end);
+      if (apart && next.begin < next.end) {
+        auto* row = static_cast<const T*>(key_row(p_, t, e_, b_, kv_head_, next.begin));
+        for (int64_t i = 0; i < next.end - next.begin; ++i) prefetch_row(row + i * t.row, width * sizeof(T));
+      }
+      auto* row = static_cast<const T*>(key_row(p_, t, e_, b_, kv_head_, run.begin));
+      use(run.begin - first, Broadcast<T>{row, t.row, 1}, run.end - run.begin);
     }
   }
 
@@ -95,7 +107,7 @@ class RowsPiece {
     if (!load_bias(p_, panel_, b_, part, bias_)) return;
     const int64_t pitch = padded<A>(p_.width), value_pitch = padded<A>(p_.value_width);
     auto dots = dots_for(dense_);
-    each_run(p_.key, part.first, part.n, [&](int64_t j, Broadcast<T> keys, int64_t n) {
+    each_run(p_.key, part.first, part.n, p_.width, [&](int64_t j, Broadcast<T> keys, int64_t n) {
       dots(n, keys, query_, pitch, p_.width, scores_ + j * dense_);
     });
     alignas(64) A scale[W];
@@ -104,7 +116,7 @@ class RowsPiece {
     for (int row = 0; row < panel_.rows; ++row)
       for (int64_t c = 0; c < value_pitch; c += L)
         store(out_ + row * value_pitch + c, load(out_ + row * value_pitch + c) * scale[row]);
-    each_run(p_.value, part.first, part.n, [&](int64_t j, Broadcast<T> values, int64_t n) {
+    each_run(p_.value, part.first, part.n, p_.value_width, [&](int64_t j, Broadcast<T> values, int64_t n) {
       if (p_.value_width % L != 0) values = widened(values, n);
       auto add = guarded ? &multiply_visible<A, true, T> : &multiply<A, true, T>;
       add(panel_.rows, value_pitch / L, {weights.data + j * weights.step, 1, weights.step}, values.data, values.row, n,
