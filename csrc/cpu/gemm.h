@@ -72,17 +72,35 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
   }
 }
 
+// Rows of memory that the products' results will be stored to, soon. Other cores may hold these lines, written or read
+// as what was there before, so each block of rows asks for its own while it multiplies.
+struct Destination {
+  uintptr_t data = 0;                      // 0: unknown
+  int64_t row = 0, bytes = 0, number = 0;  // bytes from row to row, of a row, of a number
+
+  HT_INLINE Destination rows(int64_t first) const { return {data ? data + first * row : 0, row, bytes, number}; }
+  HT_INLINE Destination columns(int64_t first, int64_t n) const {
+    return {data ? data + first * number : 0, row, n * number, number};
+  }
+  HT_INLINE void expect(int rows) {
+    if (!data) return;
+    for (int i = 0; i < rows; ++i, data += row)
+      for (int64_t line = 0; line < bytes; line += 64) prefetch_to_write(reinterpret_cast<const void*>(data + line));
+  }
+};
+
 // All rows, MV vectors wide: whole blocks, then one of as many rows as are left.
 template <class E, int MV, bool Add, class T, int NR = kBlockRows<MV>>
 __attribute__((noinline)) void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
-                                             Accumulate<E>* c, int64_t c_row) {
+                                             Accumulate<E>* c, int64_t c_row, Destination to = {}) {
   for (; rows >= NR; rows -= NR) {
+    to.expect(NR);
     multiply_block<E, NR, MV, Add>(b, a, a_step, depth, c, c_row);
     b.data += NR * b.row;
     c += NR * c_row;
   }
   if constexpr (NR > 1) {
-    if (rows) multiply_rows<E, MV, Add, T, NR - 1>(rows, b, a, a_step, depth, c, c_row);
+    if (rows) multiply_rows<E, MV, Add, T, NR - 1>(rows, b, a, a_step, depth, c, c_row, to);
   }
 }
 
