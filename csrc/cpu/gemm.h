@@ -37,7 +37,8 @@ struct Broadcast {
   int64_t row, step;
 };
 
-template <class E, int NR, int MV, bool Add, class T>
+// A that comes from memory is asked for Ahead bytes before it is read; with 0 it is in the cache.
+template <class E, int NR, int MV, bool Add, int Ahead, class T>
 HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
                               int64_t c_row) {
   using A = Accumulate<E>;
@@ -53,7 +54,11 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
   for (int64_t k = 0; k < depth; ++k) {
     vec<E> column[MV];
 #pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) column[v] = load(a + k * a_step + v * L);
+    for (int v = 0; v < MV; ++v) {
+      const T* from = a + k * a_step + v * L;
+      column[v] = load(from);
+      if (Ahead > 0 && v * L * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + Ahead);
+    }
 #pragma GCC unroll 24
     for (int i = 0; i < NR; ++i) {
       // C[i][v] += B[i][k] * A[k][v]
@@ -90,17 +95,17 @@ struct Destination {
 };
 
 // All rows, MV vectors wide: whole blocks, then one of as many rows as are left.
-template <class E, int MV, bool Add, class T, int NR = kBlockRows<MV>>
+template <class E, int MV, bool Add, int Ahead = 0, class T, int NR = kBlockRows<MV>>
 __attribute__((noinline)) void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
                                              Accumulate<E>* c, int64_t c_row, Destination to = {}) {
   for (; rows >= NR; rows -= NR) {
     to.expect(NR);
-    multiply_block<E, NR, MV, Add>(b, a, a_step, depth, c, c_row);
+    multiply_block<E, NR, MV, Add, Ahead>(b, a, a_step, depth, c, c_row);
     b.data += NR * b.row;
     c += NR * c_row;
   }
   if constexpr (NR > 1) {
-    if (rows) multiply_rows<E, MV, Add, T, NR - 1>(rows, b, a, a_step, depth, c, c_row, to);
+    if (rows) multiply_rows<E, MV, Add, Ahead, T, NR - 1>(rows, b, a, a_step, depth, c, c_row, to);
   }
 }
 

@@ -23,6 +23,7 @@ inline constexpr int64_t kQuadsAhead = 64 * 1024 / sizeof(quad);  // asked for b
 template <class E>
 struct ConvertedPanels {
   static constexpr int64_t kBuffer = kBlockSteps * kLinearPanel;
+  static constexpr int kAhead = 0;
   static constexpr int64_t kSteps = 4 / kPack<E>;  // of E in a quad
   const quad* data;
   int64_t quads;  // of a panel, the sums of its columns included

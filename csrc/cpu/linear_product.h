@@ -83,14 +83,14 @@ struct LeftColumns {
 };
 
 // All columns of a panel: four vectors at a time where rows are too few to keep the multipliers busy with two.
-template <class E, class S>
+template <class E, int Ahead, class S>
 HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t steps, Accumulate<E>* c, int64_t pitch,
                               Destination to) {
   constexpr int L = kLanes<Accumulate<E>>;
   auto by = [&](auto vectors) HT_LAMBDA {
     constexpr int MV = vectors;
     for (int64_t v = 0; v < kLinearPanel; v += MV * L)
-      multiply_rows<E, MV, true>(rows, b, a + v, kLinearPanel, steps, c + v, pitch, to.columns(v, MV * L));
+      multiply_rows<E, MV, true, Ahead>(rows, b, a + v, kLinearPanel, steps, c + v, pitch, to.columns(v, MV * L));
   };
   if (rows <= kBlockRows<4>)
     by(std::integral_constant<int, 4>());
@@ -102,6 +102,7 @@ HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t 
 template <class S>
 struct PackedPanels {
   static constexpr int64_t kBuffer = 0;
+  static constexpr int kAhead = 16384;  // bytes: the fewer the rows, the more of the time a panel is on its way
   const S* data;
   int64_t steps;  // of a panel
 
@@ -140,8 +141,8 @@ void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels,
         const auto* a = panels.block(group + panel, s, now, buffer);
         const int64_t column = (group + panel) * kLinearPanel;
         const bool last = s + now == steps && column + kLinearPanel <= columns;
-        multiply_panel(n, b, a, now, c + panel * kLinearPanel, pitch,
-                       last ? to.rows(r).columns(column, kLinearPanel) : Destination());
+        multiply_panel<E, Panels::kAhead>(n, b, a, now, c + panel * kLinearPanel, pitch,
+                                          last ? to.rows(r).columns(column, kLinearPanel) : Destination());
       }
     }
     const int64_t first = group * kLinearPanel;
