@@ -39,8 +39,9 @@ struct Broadcast {
 
 // C[i] = base[i] + the product, where Add; base may be C. Not inline, and B in scalars: where a caller puts strides
 // together in vector registers or spills them there, they wait behind the multiply-adds of the block before, and the
-// block's loads wait for them.
-template <class E, int NR, int MV, bool Add, class T>
+// block's loads wait for them. A that comes from memory is asked for Ahead bytes before it is read; with 0 it is in the
+// cache.
+template <class E, int NR, int MV, bool Add, int Ahead, class T>
 __attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t b_step, const T* a, int64_t a_step,
                                               int64_t depth, Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base,
                                               int64_t base_row) {
@@ -57,7 +58,11 @@ __attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t
   for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
     vec<E> column[MV];
 #pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) column[v] = load(a + v * L);
+    for (int v = 0; v < MV; ++v) {
+      const T* from = a + v * L;
+      column[v] = load(from);
+      if (Ahead > 0 && v * L * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + Ahead);
+    }
 #pragma GCC unroll 24
     for (int i = 0; i < NR; ++i) {
       // C[i][v] += B[i][k] * A[k][v]
@@ -74,28 +79,49 @@ __attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t
   }
 }
 
-template <class E, int MV, bool Add, class T, int NR>
+// Rows of memory that the products' results will be stored to, soon. Other cores may hold these lines, written or read
+// as what was there before, so each block of rows asks for its own while it multiplies.
+struct Destination {
+  uintptr_t data = 0;                      // 0: unknown
+  int64_t row = 0, bytes = 0, number = 0;  // bytes from row to row, of a row, of a number
+
+  HT_INLINE Destination rows(int64_t first) const { return {data ? data + first * row : 0, row, bytes, number}; }
+  HT_INLINE Destination columns(int64_t first, int64_t n) const {
+    return {data ? data + first * number : 0, row, n * number, number};
+  }
+  HT_INLINE void expect(int rows) {
+    if (!data) return;
+    for (int i = 0; i < rows; ++i, data += row)
+      for (int64_t line = 0; line < bytes; line += 64) prefetch_to_write(reinterpret_cast<const void*>(data + line));
+  }
+};
+
+template <class E, int MV, bool Add, int Ahead, class T, int NR>
 __attribute__((noinline)) void multiply_row_blocks(int64_t rows, const E* b, int64_t b_row, int64_t b_step, const T* a,
                                                    int64_t a_step, int64_t depth, Accumulate<E>* c, int64_t c_row,
-                                                   const Accumulate<E>* base, int64_t base_row) {
-  for (; rows >= NR; rows -= NR, b += NR * b_row, c += NR * c_row, base += NR * base_row)
-    multiply_block<E, NR, MV, Add>(b, b_row, b_step, a, a_step, depth, c, c_row, base, base_row);
+                                                   const Accumulate<E>* base, int64_t base_row, Destination to) {
+  for (; rows >= NR; rows -= NR, b += NR * b_row, c += NR * c_row, base += NR * base_row) {
+    to.expect(NR);
+    multiply_block<E, NR, MV, Add, Ahead>(b, b_row, b_step, a, a_step, depth, c, c_row, base, base_row);
+  }
   if constexpr (NR > 1) {
     if (rows)
-      multiply_row_blocks<E, MV, Add, T, NR - 1>(rows, b, b_row, b_step, a, a_step, depth, c, c_row, base, base_row);
+      multiply_row_blocks<E, MV, Add, Ahead, T, NR - 1>(rows, b, b_row, b_step, a, a_step, depth, c, c_row, base,
+                                                        base_row, to);
   }
 }
 // All rows, MV vectors wide: whole blocks, then one of as many rows as are left. base: see multiply_block.
 template <class E, int MV, class T>
 HT_INLINE void multiply_rows_onto(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
                                   Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base, int64_t base_row) {
-  multiply_row_blocks<E, MV, true, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, base,
-                                                      base_row);
+  multiply_row_blocks<E, MV, true, 0, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, base,
+                                                         base_row, {});
 }
-template <class E, int MV, bool Add, class T>
+template <class E, int MV, bool Add, int Ahead = 0, class T>
 HT_INLINE void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
-                             int64_t c_row) {
-  multiply_row_blocks<E, MV, Add, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c, c_row);
+                             int64_t c_row, Destination to = {}) {
+  multiply_row_blocks<E, MV, Add, Ahead, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c,
+                                                            c_row, to);
 }
 
 // C is `vectors` vectors wide: in panels of two, or wider where rows are too few to keep the multipliers busy.

@@ -146,6 +146,15 @@ HT_INLINE f32 smaller(f32 a, f32 b) {
 }
 HT_INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
 
+// Asks for the line of p as one to be written. Elsewhere it is taken from the other cores with the first store.
+HT_INLINE void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));  // nothing on processors that do not have it
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 // Tells the core that this thread only waits for another's store.
 HT_INLINE void relax() {
 #if defined(__x86_64__)
@@ -169,6 +178,21 @@ HT_INLINE bool any(V v) {
   uint64_t bits = 0;
   for (int i = 0; i < kVectorBytes / 8; ++i) bits |= words[i];
   return bits;
+#endif
+}
+
+// table[index[i] % 16] for each lane.
+HT_INLINE f32 look_up(const float (&table)[16], u32 index) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
+#elif defined(HT_AVX2)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (f32)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // by bit 3, as the sign
+#else
+  f32 found;
+  for (int i = 0; i < kLanes<float>; ++i) found[i] = table[index[i] % 16];
+  return found;
 #endif
 }
 
