@@ -167,7 +167,9 @@ def test_keys_split_over_programs(case: Case, paged: bool, monkeypatch: pytest.M
         size, batch = 8, case.shape[0]
         pages = case.shape[3] // size
         table = torch.randperm(batch * pages).reshape(batch, pages)
-        key, value = (torch.full((batch * pages, x.shape[1], size, x.shape[3]), torch.nan).to(x.dtype) for x in (key, value))
+        key, value = (
+            torch.full((batch * pages, x.shape[1], size, x.shape[3]), torch.nan, dtype=x.dtype) for x in (key, value)
+        )
         for b in range(batch):
             for page in range(pages):
                 rows = slice(page * size, (page + 1) * size)

@@ -154,9 +154,7 @@ def _problem(
         "CAP": softcap > 0,
         "WINDOWED": window_left >= 0 or window_right >= 0,
     }
-    inputs = Inputs(
-        *(_rows(_in_place(t)) for t in (query, key, value)), _mask(mask), seed if dropout_p > 0 else None
-    )
+    inputs = Inputs(*(_rows(_in_place(t)) for t in (query, key, value)), _mask(mask), seed if dropout_p > 0 else None)
     return Problem(inputs, sizes, entries, (scale, softcap, *common.dropout_constants(dropout_p)), form)
 
 
@@ -366,9 +364,7 @@ def _grad_query(problem: Problem, saved: Saved, grad_query: Tensor) -> None:
         )
 
 
-def _grad_key_and_value(
-    problem: Problem, saved: Saved, grad_key: Tensor | None, grad_value: Tensor | None
-) -> None:
+def _grad_key_and_value(problem: Problem, saved: Saved, grad_key: Tensor | None, grad_value: Tensor | None) -> None:
     sizes = problem.sizes
     config, blocks = _config(problem, "keys")
     entries, tiles, count = problem.tiles(problem.entries.key_starts, sizes.key_rows, 1, config.keys)

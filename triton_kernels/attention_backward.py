@@ -154,7 +154,7 @@ def rows_kernel(
     tile, pid = tiles - 1 - pid % tiles, pid // tiles
     kv_head, entry = pid % (sizes.heads // sizes.group), pid // (sizes.heads // sizes.group)
     b, first_row = tile_of(entries, tile, BLOCK_ROWS, tiles, entry)
-    queries, keys, stored, first_query, first_key = locate(sizes, entries, b)
+    queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
     wanted = first_row < queries * sizes.group
     flag = flags
     if flags is not None:
@@ -199,7 +199,7 @@ def rows_kernel(
                 keep = keep_factor(inputs.seed, statistics, start, threshold, keep_scale, BLOCK_ROWS, BLOCK_KEYS, ACC)
             within = inside[:, None] & there[None, :]
             at_edge = (start < all_begin) | (start + BLOCK_KEYS > all_end)
-            dropped, of_score, ds, seen = _gradients(
+            _weights, _ds, ds, seen = _gradients(
                 raw, dp, i[:, None], j[None, :], within, at_edge, keys, offset, log[:, None], delta_i[:, None],
                 mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP, WINDOWED,
             )  # fmt: skip
@@ -295,7 +295,7 @@ def keys_kernel(
             slope = tl.trans(slopes_of(sizes, entries, b, h, inside, ACC))
             mask_rows = query_rows(inputs.mask, b, h, 0, i)[None, :]
             at_edge = (start < all_begin * sizes.group) | (start + BLOCK_ROWS > all_end * sizes.group)
-            p, of_score, ds, seen = _gradients(
+            p, _ds, ds, seen = _gradients(
                 raw, dp, i[None, :], j[:, None], within, at_edge, keys, offset, log[None, :], delta_i[None, :],
                 mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP, WINDOWED,
             )  # fmt: skip
@@ -329,8 +329,7 @@ def sinks_kernel(sinks, lse, delta, grad_sinks, sizes, BLOCK: tl.constexpr):
     for start in range(0, sizes.statistics // sizes.heads, BLOCK):
         n = start + tl.arange(0, BLOCK)
         inside = n < sizes.statistics // sizes.heads
-        at = (n // sizes.total_rows).to(tl.int64) * sizes.heads * sizes.total_rows
-        at += h * sizes.total_rows + n % sizes.total_rows
+        at = ((n // sizes.total_rows).to(tl.int64) * sizes.heads + h) * sizes.total_rows + n % sizes.total_rows
         log, delta_i = _statistics(lse, delta, at, inside)
         total -= tl.where(log == float("inf"), 0.0, tl.exp(sink - log) * delta_i)
     tl.store(grad_sinks + h, tl.sum(total, 0).to(grad_sinks.dtype.element_ty))
@@ -388,10 +387,10 @@ def mask_kernel(
         h = mask_head + (rest % along_heads).to(tl.int32)
         b = mask_batch + (rest // along_heads).to(tl.int32)
         first_row, first_of_keys = (row_tile + row_step) * BLOCK_ROWS, (key_tile + key_step) * BLOCK_KEYS
-        queries, keys, stored, first_query, first_key = locate(sizes, entries, b)
+        queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
         offset = (keys - queries) * sizes.bottom_right
         last_row = tl.minimum(first_row + BLOCK_ROWS, queries) - 1
-        begin, end, all_begin, all_end = keys_of_queries(sizes, first_row, last_row, keys, offset, BLOCK_KEYS)
+        begin, end, _all_begin, _all_end = keys_of_queries(sizes, first_row, last_row, keys, offset, BLOCK_KEYS)
         if (first_row < queries) & (first_of_keys < end) & (first_of_keys + BLOCK_KEYS > begin):
             i, j = first_row + tl.arange(0, BLOCK_ROWS), first_of_keys + tl.arange(0, BLOCK_KEYS)
             inside, there = i < queries, j < keys
@@ -419,7 +418,7 @@ def mask_kernel(
                 )
             slope = slopes_of(sizes, entries, b, heads_of_rows, inside, ACC)
             mask_rows = query_rows(inputs.mask, b, heads_of_rows, 0, i)[:, None]
-            dropped, ds, of_product, seen = _gradients(
+            _weights, ds, _ds, _seen = _gradients(
                 raw, dp, i[:, None], j[None, :], inside[:, None] & there[None, :], True, keys, offset, log[:, None],
                 delta_i[:, None], mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP,
                 WINDOWED,

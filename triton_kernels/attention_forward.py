@@ -1,10 +1,10 @@
 """Attention in Triton: the kernels of the forward. attention.py launches them; maths and tiles: attention_tile.py.
 
-    forward    one program owns a tile of rows and a block of value columns and walks over the keys that any of its rows
-               sees, with a running maximum m, sum of weights l and weighted sum of values. Tiles of keys that all rows
-               see skip the comparisons. Where rows are few (decoding) the keys are dealt out to several programs by
-               shape alone, and each leaves its m, l and sum of values.
-    merge      adds those up, always in the same order.
+forward    one program owns a tile of rows and a block of value columns and walks over the keys that any of its rows
+           sees, with a running maximum m, sum of weights and weighted sum of values. Tiles of keys that all rows
+           see skip the comparisons. Where rows are few (decoding) the keys are dealt out to several programs by
+           shape alone, and each leaves its three.
+merge      adds those up, always in the same order.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -59,14 +59,14 @@ def _walk(
     STAGES: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """(m, l, sum of values) of the keys in `span`, m in the units of t times `unit` if PLAIN."""
+    """(m, sum of weights, sum of values) of the keys in `span`, m in the units of t times `unit` if PLAIN."""
     i, inside, q_rows, mask_rows, dropout_rows, slope = rows
     begin, end, all_begin, all_end = span
     b, kv_head, first_key, keys, offset, value_start = place
     scale, softcap, threshold, keep_scale = numbers
     unit = unit_of(scale, PLAIN, ACC)
     m = tl.full((i.shape[0],), float("-inf"), ACC)
-    l = tl.zeros((i.shape[0],), ACC)
+    mass = tl.zeros((i.shape[0],), ACC)
     total = tl.zeros((i.shape[0], VALUE_WIDTH), ACC)
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_KEYS)
@@ -76,9 +76,10 @@ def _walk(
             q, inputs.query.data, q_rows, inside, inputs.key.data, k_rows, there, sizes.width, WIDTH, WHOLE, EVEN, ACC
         )
         within = inside[:, None] & there[None, :]
-        t, through = scores(
-            raw, i[:, None], j[None, :], within, inputs.mask, mask_rows, entries.slopes, slope, offset, scale, softcap, PLAIN, BOOLEAN, CAP
-        )
+        t, _through = scores(
+            raw, i[:, None], j[None, :], within, inputs.mask, mask_rows, entries.slopes, slope, offset, scale, softcap,
+            PLAIN, BOOLEAN, CAP,
+        )  # fmt: skip
         if (start < all_begin) | (start + BLOCK_KEYS > all_end):
             t = tl.where(visible(sizes, i[:, None], j[None, :], keys, offset, WINDOWED), t, float("-inf"))
         if PLAIN:
@@ -91,18 +92,18 @@ def _walk(
             base = tl.where(new_m == float("-inf"), 0.0, new_m)
             p = tl.exp2((t - base[:, None]) * unit)
             shrink = tl.exp2((m - base) * unit)
-        l = l * shrink + tl.sum(p, 1)
+        mass = mass * shrink + tl.sum(p, 1)
         if inputs.seed is not None:
             p *= keep_factor(inputs.seed, dropout_rows, start, threshold, keep_scale, i.shape[0], BLOCK_KEYS, ACC)
         v_rows = key_rows(inputs.value, entries, sizes, b, kv_head, first_key, j)
         v = load_rows(inputs.value.data, v_rows, there, value_start, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
         total = combine(p, v, t != float("-inf"), total * shrink[:, None], ACC, CAREFUL)
         m = new_m
-    return m, l, total
+    return m, mass, total
 
 
 @triton.jit
-def _finish(m, l, total, sinks, h, real, unit, ACC: tl.constexpr):
+def _finish(m, mass, total, sinks, h, real, unit, ACC: tl.constexpr):
     """(output, lse) of rows: m in the units that `unit` turns into powers of two. Rows of nothing: 0 and -inf."""
     if sinks is not None:
         sink = tl.load(sinks + h, mask=real, other=float("-inf")).to(ACC)
@@ -110,14 +111,14 @@ def _finish(m, l, total, sinks, h, real, unit, ACC: tl.constexpr):
         top = tl.maximum(natural, sink)
         base = tl.where(top == float("-inf"), 0.0, top)
         shrink = tl.exp2((natural - base) * LOG2_E)
-        l = l * shrink + tl.exp2((sink - base) * LOG2_E)
+        mass = mass * shrink + tl.exp2((sink - base) * LOG2_E)
         total = total * shrink[:, None]
     else:
         top = m * (unit * LN_2)
-    nothing = l == 0.0
-    l = tl.where(nothing, 1.0, l)
-    lse = top + tl.log2(l) * LN_2
-    return tl.where(nothing[:, None], 0.0, total / l[:, None]), tl.where(nothing, float("-inf"), lse)
+    nothing = mass == 0.0
+    mass = tl.where(nothing, 1.0, mass)
+    lse = top + tl.log2(mass) * LN_2
+    return tl.where(nothing[:, None], 0.0, total / mass[:, None]), tl.where(nothing, float("-inf"), lse)
 
 
 @triton.jit(do_not_specialize=["sizes", "tiles", "splits", "keys_of_split"])
@@ -162,7 +163,7 @@ def forward_kernel(
     kv_head, pid = pid % (sizes.heads // sizes.group), pid // (sizes.heads // sizes.group)
     split, entry = pid % splits, pid // splits
     b, first_row = tile_of(entries, tile, BLOCK_ROWS, tiles, entry)
-    queries, keys, stored, first_query, first_key = locate(sizes, entries, b)
+    queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
     wanted = first_row < queries * sizes.group
     flag = flags
     if flags is not None:
@@ -190,7 +191,7 @@ def forward_kernel(
         span = (begin, end, all_begin, all_end)
         place = (b, kv_head, first_key, keys, offset, value_start)
         numbers = (scalar(scale, ACC), scalar(softcap, ACC), threshold, keep_scale)
-        m, l, total = _walk(
+        m, mass, total = _walk(
             q, rows, span, place, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP, WINDOWED, CAREFUL, WIDTH,
             VALUE_WIDTH, WHOLE, EVEN, EVEN_VALUES, BLOCK_KEYS, STAGES, ACC,
         )  # fmt: skip
@@ -199,7 +200,7 @@ def forward_kernel(
         if parts is None:
             real = i < tl.where(b < sizes.batch, queries, 0)
             unit = scalar(1.0, ACC) if PLAIN else unit_of(scale, PLAIN, ACC)
-            out, statistic = _finish(m, l, total, sinks, h, real, unit, ACC)
+            out, statistic = _finish(m, mass, total, sinks, h, real, unit, ACC)
             rows_out = query_rows(output, b, h, first_query, i)
             store_rows(output.data, rows_out, inside, value_start, sizes.value_width, out, VALUE_WIDTH)
             if value_start == 0:
@@ -209,7 +210,7 @@ def forward_kernel(
             store_rows(parts, at, inside, value_start, sizes.value_width, total, VALUE_WIDTH)
             if value_start == 0:
                 tl.store(parts + at + sizes.value_width, m, mask=inside)
-                tl.store(parts + at + sizes.value_width + 1, l, mask=inside)
+                tl.store(parts + at + sizes.value_width + 1, mass, mask=inside)
 
 
 @triton.jit(do_not_specialize=["sizes", "splits"])
@@ -231,7 +232,7 @@ def merge_kernel(
     inside = row < sizes.statistics
     unit = scalar(1.0, ACC) if PLAIN else scalar(1.0, ACC) * LOG2_E
     m = tl.full((BLOCK_ROWS,), float("-inf"), ACC)
-    l = tl.zeros((BLOCK_ROWS,), ACC)
+    mass = tl.zeros((BLOCK_ROWS,), ACC)
     total = tl.zeros((BLOCK_ROWS, VALUE_WIDTH), ACC)
     for split in range(0, splits):
         at = (split * sizes.statistics + row) * (sizes.value_width + 2)
@@ -241,7 +242,7 @@ def merge_kernel(
         new_m = tl.maximum(m, part_m)
         base = tl.where(new_m == float("-inf"), 0.0, new_m)
         before, now = tl.exp2((m - base) * unit), tl.exp2((part_m - base) * unit)
-        l = l * before + part_l * now
+        mass = mass * before + part_l * now
         total = total * before[:, None] + part * now[:, None]
         m = new_m
     h = row // sizes.total_rows % sizes.heads
@@ -249,7 +250,7 @@ def merge_kernel(
     real = inside
     if query_starts is not None:
         real = inside & (row % sizes.total_rows < tl.load(query_starts + sizes.batch))
-    out, statistic = _finish(m, l, total, sinks, h, real, unit, ACC)
+    out, statistic = _finish(m, mass, total, sinks, h, real, unit, ACC)
     rows = query_rows(output, b, h, 0, row % sizes.total_rows)
     store_rows(output.data, rows, inside, value_start, sizes.value_width, out, VALUE_WIDTH)
     if value_start == 0:

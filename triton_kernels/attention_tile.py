@@ -220,8 +220,20 @@ def store_rows(data, rows, inside, start, width, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def product(a, a_data, a_rows, a_inside, b_data, b_rows, b_inside, width, WIDTH: tl.constexpr, WHOLE: tl.constexpr,
-            EVEN: tl.constexpr, ACC: tl.constexpr):
+def product(
+    a,
+    a_data,
+    a_rows,
+    a_inside,
+    b_data,
+    b_rows,
+    b_inside,
+    width,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+):
     """[rows of a, rows of b]: a_i . b_j. `a` holds whole rows of a; where those are too wide it is loaded by blocks."""
     if WHOLE:
         b = load_rows(b_data, b_rows, b_inside, 0, width, WIDTH, EVEN)
@@ -273,8 +285,22 @@ def tanh(x):
 
 
 @triton.jit
-def scores(raw, i, j, within, mask, mask_rows, slopes, slope, offset, scale, softcap, PLAIN: tl.constexpr,
-           BOOLEAN: tl.constexpr, CAP: tl.constexpr):
+def scores(
+    raw,
+    i,
+    j,
+    within,
+    mask,
+    mask_rows,
+    slopes,
+    slope,
+    offset,
+    scale,
+    softcap,
+    PLAIN: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAP: tl.constexpr,
+):
     """(t, derivative of the softcap) of bare products; i, j, mask_rows and slope broadcast to them.
 
     What the mask hides gets -inf. within: where there is a mask to read.
@@ -321,8 +347,5 @@ def unit_of(scale, PLAIN: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def weights_of(t, lse, unit, PLAIN: tl.constexpr):
     """exp(score - lse), 0 for hidden pairs also where lse is NaN. lse: +inf for rows that see nothing; broadcasts."""
-    if PLAIN:
-        p = tl.exp2(t * unit - lse * LOG2_E)
-    else:
-        p = tl.exp2((t - lse) * LOG2_E)
+    p = tl.exp2(t * unit - lse * LOG2_E) if PLAIN else tl.exp2((t - lse) * LOG2_E)
     return tl.where(t == float("-inf"), 0.0, p)
