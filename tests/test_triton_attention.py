@@ -24,7 +24,7 @@ import attention_cases as ac
 import attention_numerics as an
 import numerics
 import triton_tools
-from attention_cases import ALL, ALL_PACKED, BASE, BF16, CAUSAL, F16, F32, F64, PACKED, Case
+from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
 from torch import Tensor
 
 import handtuned
@@ -37,20 +37,26 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA d
 
 EVERY_CASE = "HANDTUNED_EVERY_CASE" in os.environ
 SMALL = [case for case in ac.CASES if case.elements < 20_000]
-# Every option once with other dtypes and sizes, then every n-th of the list.
+# Small forms: the interpreter takes milliseconds for each line of each program. Every option at once, dense and packed.
+PLAIN = Case((1, 2, 19, 35, 12))
+EVERYTHING = ALL.with_(shape=(2, 2, 11, 21, 11), kv_heads=1, value_width=19, lengths=(21, 9), window=14)
+EVERYTHING_PACKED = ALL_PACKED.with_(shape=(2, 2, 0, 0, 12), kv_heads=1, lengths=(11, 0, 3), window=7).with_(
+    packed=((9, 0, 5), (12, 4, 4))
+)
 CHOSEN = [
-    *(form.with_(dtype=dtype) for form, dtype in ((ALL, F32), (ALL, BF16), (ALL_PACKED, F16), (ALL_PACKED, F64))),
-    CAUSAL.with_(kv_heads=1, dtype=BF16),
-    BASE.with_(mask="add", mask_dims="h1k", dtype=BF16, mask_dtype=F32),
-    BASE.with_(mask="add_inf", mask_dims="1qk"),
-    BASE.with_(mask="add_min", mask_dims="b11k", dtype=F16),
-    BASE.with_(mask="add", mask_dims="1"),
-    BASE.with_(scale=-0.4, sinks=F32),
-    BASE.with_(dropout=1.0),
+    *(EVERYTHING.with_(dtype=dtype) for dtype in (F32, BF16)),
+    *(EVERYTHING_PACKED.with_(dtype=dtype) for dtype in (F16, F64)),
+    PLAIN.with_(causal=True, kv_heads=1, dtype=BF16),
+    PLAIN.with_(mask="add", mask_dims="h1k", dtype=BF16, mask_dtype=F32),
+    PLAIN.with_(mask="add_inf", mask_dims="1qk"),
+    PLAIN.with_(mask="add_min", mask_dims="b11k", dtype=F16),
+    PLAIN.with_(mask="add", mask_dims="1"),
+    PLAIN.with_(scale=-0.4, sinks=F32),
+    PLAIN.with_(dropout=1.0),
     PACKED.with_(packed=((0, 0), (0, 0))),
     Case((2, 2, 5, 0, 8), causal=True, grad_lse=True),
 ]
-SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 6000][3::23]))
+SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 3000][3::19]))
 
 
 @pytest.fixture(autouse=True)
@@ -99,9 +105,9 @@ def test_every_element(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case((1, 2, 21, 35, 40), value_width=19, causal=True, kv_heads=1, dtype=BF16),
-        Case((1, 2, 18, 21, 19), value_width=40, mask="add", mask_dims="qk", dropout=0.2),
-        Case((1, 2, 18, 37, 16), window=(5, 3), softcap=3.0, dtype=F64),
+        Case((1, 2, 10, 35, 40), value_width=19, causal=True, kv_heads=1, dtype=BF16),
+        Case((1, 1, 18, 21, 19), value_width=40, mask="add", mask_dims="qk", dropout=0.2),
+        Case((1, 1, 18, 37, 16), window=(5, 3), softcap=3.0, dtype=F64),
     ],
     ids=lambda case: case.name,
 )
@@ -123,7 +129,7 @@ def test_numerics_contract(case: Case) -> None:
     an.check_contract(case)
 
 
-@pytest.mark.parametrize("case", [CAUSAL, BASE.with_(mask="bool_empty_row"), ALL_PACKED], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [PLAIN.with_(causal=True), EVERYTHING_PACKED], ids=lambda case: case.name)
 def test_hidden_values_reach_nothing(case: Case) -> None:
     """A NaN that some queries see does not reach the others; the second try of a tile is exercised."""
     t = ac.tensors(case)
@@ -150,8 +156,8 @@ def test_hidden_values_reach_nothing(case: Case) -> None:
 DECODING = [
     Case((3, 4, 1, 48, 24), kv_heads=2, lengths=(48, 17, 0), causal=True, alignment="bottom_right"),
     Case((2, 8, 1, 80, 40), kv_heads=2, lengths=(80, 33), value_width=24, dtype=BF16, sinks=F32),
-    Case((2, 4, 3, 64, 16), lengths=(60, 33), causal=True, alignment="bottom_right", window=20, alibi="bh"),
-    Case((2, 4, 2, 64, 16), lengths=(64, 1), mask="add", mask_dims="h1k", sinks=F16, softcap=4.0, dtype=F16),
+    Case((2, 2, 3, 40, 16), lengths=(37, 20), causal=True, alignment="bottom_right", window=20, alibi="bh"),
+    Case((2, 2, 2, 40, 16), lengths=(40, 1), mask="add", mask_dims="h1k", sinks=F16, softcap=4.0, dtype=F16),
 ]
 
 
@@ -224,25 +230,24 @@ def shuffled_programs(seed: int) -> Iterator[None]:
     assert not order
 
 
-@pytest.mark.parametrize("case", [ALL, ALL_PACKED.with_(dtype=BF16)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [EVERYTHING, EVERYTHING_PACKED.with_(dtype=BF16)], ids=lambda case: case.name)
 def test_same_bits_in_any_order_of_programs(case: Case) -> None:
     """A program that read what another writes would give other bits in some order."""
     t = ac.tensors(case)
     torch.manual_seed(7)
     expected = ac.results(case, t)
-    for seed in range(2):
-        torch.manual_seed(7)
-        with shuffled_programs(seed):
-            found = ac.results(case, t)
-        for name, want in expected.items():
-            assert torch.equal(found[name].nan_to_num(), want.nan_to_num()), name
+    torch.manual_seed(7)
+    with shuffled_programs(1):
+        found = ac.results(case, t)
+    for name, want in expected.items():
+        assert torch.equal(found[name].nan_to_num(), want.nan_to_num()), name
 
 
 # ---- how it is reached -----------------------------------------------------------------------------------------------
 
 
 def test_explain_names_it() -> None:
-    t = ac.tensors(CAUSAL)
+    t = ac.tensors(PLAIN)
     query = t.query.requires_grad_()
     explanation = handtuned.explain(lambda: H.scaled_dot_product_attention(query, t.key, t.value).sum().backward())
     assert [call.op for call in explanation.calls] == ["attention", "attention_backward"]
@@ -261,10 +266,10 @@ def test_gradcheck() -> None:
 
 
 def test_only_what_is_wanted_is_computed() -> None:
-    t = ac.tensors(BASE)
+    t = ac.tensors(PLAIN)
     query, key, value = t.query, t.key.requires_grad_(), t.value
     H.scaled_dot_product_attention(query, key, value).sum().backward()
-    both = ac.results(BASE, replace(t, grad_output=torch.ones_like(t.grad_output)))
+    both = ac.results(PLAIN, replace(t, grad_output=torch.ones_like(t.grad_output)))
     assert torch.equal(key.grad, both["grad_key"])
     assert query.grad is None
     assert value.grad is None

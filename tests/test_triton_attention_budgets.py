@@ -28,16 +28,11 @@ SAMPLED = [
     ("forward", "bfloat16", 64, "paged", ("sm80",)),
 ]
 OTHERS = [
-    *(
-        (kernel, "bfloat16", width, form, EVERY)
-        for kernel in ("forward", "rows", "keys", "mask")
-        for width in (64, 128)
-        for form in ("causal", "everything")
-        if (kernel, form) != ("mask", "causal")
-    ),
-    *((kernel, "float32", 64, "causal", EVERY) for kernel in ("forward", "rows", "keys")),
-    ("forward", "bfloat16", 128, "paged", EVERY),
+    *((kernel, "bfloat16", 128, "causal", EVERY) for kernel in ("rows", "keys")),
+    *((kernel, "bfloat16", 64, "everything", EVERY) for kernel in ("forward", "rows", "keys", "mask")),
+    *((kernel, "float32", 64, "causal", ("sm80", "gfx942")) for kernel in ("forward", "rows", "keys")),
     ("forward", "float64", 64, "causal", ("sm80", "gfx942")),
+    *((kernel, "bfloat16", 512, "causal", ("sm80",)) for kernel in ("forward", "keys")),
 ]
 CASES = list(dict.fromkeys([*SAMPLED, *(OTHERS if "HANDTUNED_EVERY_TILE" in os.environ else [])]))
 Key = tuple[str, str]

@@ -65,8 +65,8 @@ class Problem(NamedTuple):
 
     @property
     def query(self) -> Tensor:
-        query: Tensor = self.inputs.query.data
-        return query
+        assert self.inputs.query.data is not None
+        return self.inputs.query.data
 
     @property
     def hides(self) -> bool:
@@ -144,9 +144,9 @@ def _problem(
         num_pages=key.shape[0],
         statistics=heads * query_rows * (1 if packed else batch),
     )
-    integers = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_lengths))
+    starts, of_keys, lengths = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_lengths))
     slopes_batch = heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
-    entries = Entries(*integers, block_table, alibi_slopes, slopes_batch, None)
+    entries = Entries(starts, of_keys, lengths, block_table, alibi_slopes, slopes_batch, None)
     additive = mask is not None and mask.dtype != torch.bool
     form = {
         "PLAIN": softcap == 0 and not additive and alibi_slopes is None and scale > 0,
@@ -154,7 +154,8 @@ def _problem(
         "CAP": softcap > 0,
         "WINDOWED": window_left >= 0 or window_right >= 0,
     }
-    inputs = Inputs(*(_rows(_in_place(t)) for t in (query, key, value)), _mask(mask), seed if dropout_p > 0 else None)
+    q, k, v = (_rows(_in_place(t)) for t in (query, key, value))
+    inputs = Inputs(q, k, v, _mask(mask), seed if dropout_p > 0 else None)
     return Problem(inputs, sizes, entries, (scale, softcap, *common.dropout_constants(dropout_p)), form)
 
 
@@ -293,20 +294,23 @@ def attention_backward(
         *(scale, bottom_right, window_left, window_right, softcap, dropout_p, seed),
     )
     additive = mask is not None and mask.dtype != torch.bool
-    grads = tuple(
+    grad_query, grad_key, grad_value = (
         _like(t, t.shape[-1]) if need else common.empty((0,), t)
         for t, need in ((query, need_query), (key, need_key), (value, need_value))
     )
     grad_mask = common.empty((0,) if mask is None or not (need_mask and additive) else mask.shape, lse, _dtype(mask))
     grad_sinks = common.empty((0,) if sinks is None or not need_sinks else sinks.shape, lse, _dtype(sinks))
     if lse.numel() == 0:
-        return (*(grad.zero_() for grad in grads), grad_mask.zero_(), grad_sinks.zero_())
+        grads = (grad_query, grad_key, grad_value, grad_mask, grad_sinks)
+        for grad in grads:
+            grad.zero_()
+        return grads
     saved = _saved(problem, _in_place(grad_output), _in_place(output), lse.contiguous(), grad_lse)
     with common.on_device(query):
         if need_query:
-            _grad_query(problem, saved, grads[0])
+            _grad_query(problem, saved, grad_query)
         if need_key or need_value:
-            _grad_key_and_value(problem, saved, grads[1] if need_key else None, grads[2] if need_value else None)
+            _grad_key_and_value(problem, saved, grad_key if need_key else None, grad_value if need_value else None)
         if mask is not None and grad_mask.numel():
             _grad_mask(problem, saved, mask, grad_mask)
         if sinks is not None and grad_sinks.numel():
@@ -316,7 +320,7 @@ def attention_backward(
                 num_warps=4,
                 enable_fp_fusion=True,
             )
-    return (*grads, grad_mask, grad_sinks)
+    return grad_query, grad_key, grad_value, grad_mask, grad_sinks
 
 
 def _dtype(tensor: Tensor | None) -> torch.dtype:
