@@ -192,6 +192,26 @@ def test_keys_split_over_programs(case: Case, paged: bool, monkeypatch: pytest.M
     an.check_every_element(case, {"output": output, "lse": lse}, truth)
 
 
+def test_packed_queries_against_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs a row, rows behind the last sequence, and sinks that must not reach those."""
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(9, 2, 8, generator=generator)
+    key, value = (torch.randn(8, 1, 8, 8, generator=generator) for _ in range(2))
+    starts, lengths = torch.tensor([0, 3, 3, 7], dtype=torch.int32), torch.tensor([23, 5, 32])
+    table, sinks = torch.randperm(12, generator=generator).reshape(3, 4) % 8, torch.tensor([0.3, -1.0])
+    slopes = torch.rand(3, 2, generator=generator)
+    given = (query, key, value, None, starts, None, lengths, table, slopes, sinks, 0.4, True, 25, 0, 0.0, 0.0, None)
+    monkeypatch.setattr(launchers, "LEAST_KEYS", 16)
+    monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64)))
+    with triton_tools.guarded(common):
+        output, lse = launchers.attention(*given)
+    want, log = handtuned.reference.attention(*given)
+    torch.testing.assert_close(output, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse, log, rtol=1e-5, atol=1e-6)
+    assert torch.equal(output[7:], torch.zeros(2, 2, 8))
+    assert (lse[:, 7:] == -ac.INF).all()
+
+
 def replace_attention(config: tuple[int, ...]) -> Any:
     class Tuning:
         attention = staticmethod(lambda *_: tuning.AttentionConfig(*config))

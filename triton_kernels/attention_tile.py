@@ -189,8 +189,9 @@ def statistics_rows(sizes, entries, b, h, first, i):
 def slopes_of(sizes, entries, b, h, inside, ACC: tl.constexpr):
     """[rows, 1]; 0 where there are none."""
     if entries.slopes is not None:
-        at = entries.slopes + tl.minimum(b, sizes.batch - 1).to(tl.int64) * entries.slopes_batch + h
-        return tl.load(at, mask=inside, other=0.0).to(ACC)[:, None]
+        at = entries.slopes + b.to(tl.int64) * entries.slopes_batch + h
+        real = inside & (h < tl.where(b < sizes.batch, sizes.heads, 0))
+        return tl.load(at, mask=real, other=0.0).to(ACC)[:, None]
     else:
         return tl.zeros_like(h).to(ACC)[:, None]
 
