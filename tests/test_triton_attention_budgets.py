@@ -31,7 +31,7 @@ OTHERS = [
     *((kernel, "bfloat16", 128, "causal", EVERY) for kernel in ("rows", "keys")),
     *((kernel, "bfloat16", 64, "everything", EVERY) for kernel in ("forward", "rows", "keys", "mask")),
     *((kernel, "float32", 64, "causal", ("sm80", "gfx942")) for kernel in ("forward", "rows", "keys")),
-    ("forward", "float64", 64, "causal", ("sm80", "gfx942")),
+    ("forward", "float64", 64, "causal", ("gfx942",)),
     *((kernel, "bfloat16", 512, "causal", ("sm80",)) for kernel in ("forward", "keys")),
 ]
 CASES = list(dict.fromkeys([*SAMPLED, *(OTHERS if "HANDTUNED_EVERY_TILE" in os.environ else [])]))
@@ -78,9 +78,10 @@ def compiled() -> dict[Key, list[triton_tools.Resources]]:
 
 
 def test_ahead_of_time_budgets(compiled: dict[Key, list[triton_tools.Resources]]) -> None:
-    """Registers by the 8 in which hardware hands them out, shared memory, instructions, no spills, an architecture's
-    limits. After a wanted change: HANDTUNED_WRITE_BUDGETS=1 HANDTUNED_EVERY_TILE=1 pytest -k budgets."""
+    """No spills, an architecture's limits; of what is sampled also registers by the 8 in which hardware hands them out,
+    shared memory and instructions. After a wanted change: HANDTUNED_WRITE_BUDGETS=1 pytest -k budgets."""
     found: dict[str, dict[str, list[int]]] = {}
+    sampled = [(" ".join(map(str, case)), arch) for *case, archs in SAMPLED for arch in archs]
     for (case, arch), kernels in compiled.items():
         for kernel in kernels:
             assert kernel.spills == 0, f"{case} spills on {arch}: {kernel.spills} bytes"
@@ -88,12 +89,16 @@ def test_ahead_of_time_budgets(compiled: dict[Key, list[triton_tools.Resources]]
         used = [-(-kernels[0].registers // 8) * 8, kernels[0].shared, sum(kernels[0].mix.values())]
         found.setdefault(case, {})[arch] = used
     if os.environ.get("HANDTUNED_WRITE_BUDGETS") == "1":
-        lines = [f'  "{case}": {json.dumps(used)}' for case, used in found.items()]
+        kept = {case: {a: u for a, u in used.items() if (case, a) in sampled} for case, used in found.items()}
+        lines = [f'  "{case}": {json.dumps(used)}' for case, used in kept.items() if used]
         head = '{\n "entry": ["registers", "shared bytes", "instructions (PTX; AMD: assembly)"],\n "budgets": {\n'
         BUDGETS.write_text(head + ",\n".join(lines) + "\n }\n}\n")
     budgets = json.loads(BUDGETS.read_text())["budgets"]
     for case, of_arch in found.items():
         for arch, used in of_arch.items():
+            if case not in budgets or arch not in budgets[case]:
+                assert (case, arch) not in sampled
+                continue
             named = zip(("registers", "shared bytes", "instructions"), used, budgets[case][arch], strict=True)
             for what, now, most in named:
                 assert now <= most * 1.05, f"{case} on {arch} takes {now} {what}, budget {most}"
