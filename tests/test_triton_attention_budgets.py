@@ -29,7 +29,8 @@ SAMPLED = [
 ]
 OTHERS = [
     *((kernel, "bfloat16", 128, "causal", EVERY) for kernel in ("rows", "keys")),
-    *((kernel, "bfloat16", 64, "everything", EVERY) for kernel in ("forward", "rows", "keys", "mask")),
+    *((kernel, "bfloat16", 64, "everything", EVERY) for kernel in ("forward", "rows", "mask")),
+    ("keys", "bfloat16", 64, "everything", ("sm80", "sm90", "gfx942")),
     *((kernel, "float32", 64, "causal", ("sm80", "gfx942")) for kernel in ("forward", "rows", "keys")),
     ("forward", "float64", 64, "causal", ("gfx942",)),
     *((kernel, "bfloat16", 512, "causal", ("sm80",)) for kernel in ("forward", "keys")),
