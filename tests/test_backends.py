@@ -170,10 +170,10 @@ def test_explain_attention() -> None:
     q = torch.randn(1, 2, 3, 4)
     (call,) = handtuned.explain(H.scaled_dot_product_attention, q, q.mT.contiguous().mT, q).calls
     assert (call.op, call.served_by.backend) == ("attention", "cpu")
-    assert {c.backend: c.refused for c in call.candidates}["triton"] == "no Triton kernel for this op"
+    assert {c.backend: c.refused for c in call.candidates}["triton"] == "input is on cpu"
     assert call.notes == ["key is copied once: its last stride is 3, not 1"]
     with handtuned.backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel for this op"):
-        H.scaled_dot_product_attention(q, q, q)
+        H.linear(X, torch.ones(3, 8))
 
 
 def test_explain_passes_keywords_and_errors_on() -> None:
@@ -230,9 +230,8 @@ def test_info_lists_every_op_on_every_backend() -> None:
     assert all(row["why"] for row in found["kernels"])
     without = {"triton": handtuned.backends.why_no_triton_kernel, "cuda": handtuned.backends.why_no_cuda_kernel}
     lacking = {(op, backend) for backend, why in without.items() for op in handtuned.ops.OPS if why(op)}
-    assert {op for op, backend in lacking if backend == "triton"} == set(handtuned.ops.OPS) - set(
-        handtuned.ops.NORM_OPS
-    )
+    with_triton = {*handtuned.ops.NORM_OPS, *handtuned.ops.ATTENTION_OPS}
+    assert {op for op, backend in lacking if backend == "triton"} == set(handtuned.ops.OPS) - with_triton
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

@@ -132,7 +132,8 @@ def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
     from . import ops
 
-    return None if op in ops.NORM_OPS else "no Triton kernel for this op"
+    with_kernel = (*ops.NORM_OPS, *ops.ATTENTION_OPS)
+    return None if op in with_kernel else "no Triton kernel for this op"
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
@@ -227,9 +228,9 @@ def _namespace(candidate: Candidate) -> Any:
     if candidate.backend == "reference":
         return reference
     if candidate.backend == "triton":
-        from .triton_kernels import norm
+        from .triton_kernels import kernels
 
-        return norm
+        return kernels
     return ops
 
 
