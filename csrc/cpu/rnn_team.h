@@ -135,10 +135,11 @@ inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int thre
   const int64_t most_slices = least(least(threads, panels), kMostSlices);
   int best = 1;
   double least_time = work * double(p.steps), meetings = 1;
+  const int meet = p.layer_norm ? 2 + has_cell_state(p.cell) : 1;  // times a step
   for (int64_t s = 2; s <= most_slices; ++s) {
     while ((int64_t(1) << int(meetings)) < s) ++meetings;
     const double share = double((panels + s - 1) / s) / double(panels);
-    const double time = kRegion + double(p.steps) * (work * share + kMeet * meetings);
+    const double time = kRegion + double(p.steps) * (work * share + kMeet * meet * meetings);
     if (time < least_time) best = int(s), least_time = time;
   }
   return best;
