@@ -191,6 +191,19 @@ def test_layer_norm_is_its_papers(isa: str, bias: bool, proj: int) -> None:
     torch.testing.assert_close(*grads)
 
 
+NORMED = [Case(mode, (64, 16, 64, 64), states=True, options=(("layer_norm", True),)) for mode in rc.MODES[:3]]
+
+
+@pytest.mark.cases(NORMED)
+def test_layer_norm_rounds_no_worse_than_the_formula(isa: str, case: Case) -> None:
+    """Sums over many rows and steps: errors of outputs and all gradients beside those of torch's operators."""
+    t = rc.tensors(case)
+    truth, found, formula = rc.exact(case, t), rc.results(case, t), rc.results(case, t, rc.run_formula)
+    for name, tensor in truth.items():
+        error, allowed = ((r[name].double() - tensor).square().mean().sqrt().item() for r in (found, formula))
+        assert error <= 1.5 * allowed, f"{name}: {error / allowed:.2f} times the formula's error"
+
+
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 def test_layer_norm_of_gru_and_rnn(isa: str, kind: str) -> None:
     module, x = getattr(nn, kind)(5, 6, layer_norm=True).double(), torch.randn(7, 3, 5).double()

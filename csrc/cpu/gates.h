@@ -53,12 +53,6 @@ struct Variant {
   HT_INLINE V peep(int k, V c) const { return peepholes ? peephole[k] * c : V{}; }
   HT_INLINE V bend(V c) const { return tanh(c); }
   HT_INLINE V unbend(V d) const { return d; }
-
- private:
-  HT_INLINE static V clamp(V x, A low, A high) {
-    x = x < low ? V{} + low : x;
-    return x > high ? V{} + high : x;
-  }
 };
 
 // The same where the new cell state is normalised before its tanh. For that all of its units must be known, so both are

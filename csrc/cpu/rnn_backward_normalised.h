@@ -108,7 +108,7 @@ void BackwardTask<E, T>::back_normalised(Slice& part, int64_t s, int64_t n) {
       leave_gradients<decltype(cell)>(p_, normed, own, panels, n, y_.normed[d], row_, state_, y_.left_of(d, false), i);
     });
   }
-  if (s % 32 == 0) flush_sums(p_, normed, panels);
+  if (s % most(1, 32 / n) == 0) flush_sums(p_, normed, panels);  // of 32 rows
 }
 
 template <class E, class T>

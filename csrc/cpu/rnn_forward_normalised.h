@@ -16,7 +16,7 @@ void ForwardTask<E, T>::step_normalised(int64_t s, Others others) {
     ForwardPart<A>& part = parts_[i];
     find_rows(part.direction, s, n);
     if (has_cell_state(p_.cell)) bend(part, n);
-    give(part, s, n, 0, part.end - part.begin);
+    give(part, s, n);
   }
 }
 
@@ -24,10 +24,10 @@ template <class E, class T>
 void ForwardTask<E, T>::multiply_and_leave(ForwardPart<A>& part, int64_t s, int64_t n) {
   const int64_t d = part.direction,
                 rows = s % y_.stretch ? 0 : first_row(p_, least(s + y_.stretch, y_.steps)) - first_row(p_, s);
-  if (y_.steps == 1) take_input(d, 0, 1);
+  const Broadcast<E> input = y_.steps == 1 ? take_input(d, 0, 1) : Broadcast<E>{};
   for (int64_t own = 0; own < part.end - part.begin; ++own) {
     A *sums = part.s + own * p_.batch * columns_, *x = part.x + own * stretch_rows() * columns_;
-    multiply_state(part, s, n, own, sums);
+    multiply_state(part, s, n, own, sums, input);
     leave_moments(y_.left_of(d, 1), gate_rows(), part.begin + own, sums, n, columns_);
     leave_moments(y_.left_of(d, 0), gate_rows(), part.begin + own, x, rows, columns_);
   }

@@ -44,10 +44,9 @@ void leave_moments(const Left<A>& left, const SplitRow& m, int64_t panel, const 
   constexpr int L = kLanes<A>;
   const int64_t V = m.gates * m.panel_units / L, n = m.numbers_of(panel);
   vec<A> there[4];
-  for (int64_t j = 0; j < V; ++j) {
-    const int64_t units = m.units - panel * m.panel_units - j / m.gates * L;
-    there[j] = units >= L ? vec<A>{} + 1 : lanes_below<A>(units);
-  }
+  for (int64_t j = 0, unit = panel * m.panel_units; j < V; unit += L)
+    for (int64_t g = 0; g < m.gates; ++g, ++j)
+      there[j] = m.units - unit >= L ? vec<A>{} + 1 : lanes_below<A>(m.units - unit);
   A *means = left.of(panel, 0), *squares = left.of(panel, 1);
   for (int64_t r = 0; r < rows; ++r, v += row) {
     vec<A> sum{}, square{};
@@ -110,16 +109,16 @@ template <class A>
 void normalise_rows(const Rnn& p, const PanelShape& m, const Gains<A>& gains, int which, int64_t panel, A* v,
                     int64_t rows, const A* mean, const A* rstd, A* normed, const int64_t* row) {
   constexpr int L = kLanes<A>;
-  const int64_t V = m.vectors(), first = panel * V * L;
-  const A *gain = gains.gain[which] + first, *bias = gains.bias[which] + first;
-  for (int64_t r = 0; r < rows; ++r, v += V * L) {
-    for (int64_t j = 0; j < V; ++j) {
-      const int64_t gate = j % m.gates, unit = panel * units_of<A>(m) + j / m.gates * L;
-      const vec<A> y = (load(v + j * L) - mean[r]) * rstd[r];
-      if (normed && unit < p.hidden)
-        store_first(normed + ((row[r] * 2 + which) * m.gates + gate) * p.hidden + unit, y, p.hidden - unit);
-      store(v + j * L, y * load(gain + j * L) + load(bias + j * L));
-    }
+  const int64_t numbers = m.vectors() * L, first = panel * units_of<A>(m);
+  for (int64_t r = 0; r < rows; ++r) {
+    const A *gain = gains.gain[which] + panel * numbers, *bias = gains.bias[which] + panel * numbers;
+    for (int64_t unit = first; unit < first + units_of<A>(m); unit += L)
+      for (int64_t gate = 0; gate < m.gates; ++gate, v += L, gain += L, bias += L) {
+        const vec<A> y = (load(v) - mean[r]) * rstd[r];
+        if (normed && unit < p.hidden)
+          store_first(normed + ((row[r] * 2 + which) * m.gates + gate) * p.hidden + unit, y, p.hidden - unit);
+        store(v, y * load(gain) + load(bias));
+      }
   }
 }
 
@@ -133,8 +132,8 @@ void keep_moment(const Rnn& p, int64_t at, int64_t rows, const A* moment, A* nor
   for (int64_t r = 0; r < rows; ++r) moments_of(p, normed, row[r])[at] = moment[r];
 }
 
-// h' = o * tanh(gain_c * LN(c') + bias_c) of one panel, under zoneout. o and c' stand where the step's W_h h stood,
-// [rows] [vectors][L], as the gates' loop left them.
+// h' = o * tanh(gain_c * LN(c') + bias_c) of one panel, under zoneout. o and c' stand where the step's W_h h stood, in
+// rows of [vectors][L], as the gates' loop left them.
 template <class A>
 void bend_cells(const Rnn& p, const PanelShape& m, const Gains<A>& gains, int64_t panel, const A* s, int64_t rows,
                 const A* mean, const A* rstd, const Shares<A>& zone_h, A* h) {
@@ -159,8 +158,8 @@ struct NormedBack {
   A* sums;  // [panels][2][kinds][W], of the steps since the last flush, and of all:  gradients of the gains of x and of
             // h, of b_x and b_h, of gain_c and bias_c, of peepholes
   A* d;     // [places][the cell's slots][panels * W]: gradients of what the gates are of
-  A *cell, *bent,
-      *gradient;  // [panels][places][W]: c', tanh(gain_c * LN(c') + bias_c), and the gradient of LN(c'), then c'
+  A *cell, *bent;  // [panels][places][W]: c', and tanh(gain_c * LN(c') + bias_c)
+  A* gradient;     // likewise: of LN(c'), then of c'
 
   static int64_t kinds(const Rnn& p) { return 4 * gates_of(p.cell) + 2 + 3; }
   static int64_t numbers_of_gains(const Rnn& p) { return (2 * gates_of(p.cell) + 2) * W; }

@@ -121,6 +121,31 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
+// The larger; b where one is NaN.
+HT_INLINE f32 larger(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+HT_INLINE f64 larger(f64 a, f64 b) { return a > b ? a : b; }
+HT_INLINE float larger(float a, float b) { return a > b ? a : b; }
+HT_INLINE double larger(double a, double b) { return a > b ? a : b; }
+// The smaller; b where one is NaN.
+HT_INLINE f32 smaller(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+HT_INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
+
 // Tells the core that this thread only waits for another's store.
 HT_INLINE void relax() {
 #if defined(__x86_64__)

@@ -44,7 +44,7 @@ class _Recurrent(KeepsPacked):
 
     def reset_parameters(self) -> None:
         """torch's initialisation; gains of layer norms are 1, their bias 0."""
-        super().reset_parameters()  # type: ignore[operator]
+        super().reset_parameters()  # type: ignore[misc]
         for name, parameter in self.named_parameters(recurse=False):
             if "_ln_" in name:
                 torch.nn.init.constant_(parameter, float(name.startswith("weight")))
