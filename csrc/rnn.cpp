@@ -88,6 +88,7 @@ void clear_rest_of_saved(const RnnForward& p) {
   for (int64_t l = 0; l < p.layers && at && rest; ++l) {
     next(p.directions * p.state);
     for (int64_t d = 0; d < p.directions; ++d) next(rnn_kept(p) * p.hidden);
+    for (int64_t d = 0; d < p.directions; ++d) next(rnn_normed_numbers(p)), next(rnn_moments(p));
   }
 }
 

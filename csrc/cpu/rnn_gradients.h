@@ -2,6 +2,7 @@
 // rows (times and places), and the rows' inputs x, states before h and what was projected m:
 //   grad W_x = d^T x,   grad W_h = d^T h,   grad W_r = (gradient of the projection)^T m,   grad b = sum of d
 //   grad x   = d W_x
+// Where rows are normalised, the steps have summed up the gradients of biases and peepholes.
 // Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
 // packed: one into panels of four vectors, the other (of a transposed product) into a block of its tile_ columns. Sums
 // over rows, which may be many, are made of sums of kSum, those over gates of twice as many: the rounding errors of one
@@ -22,14 +23,12 @@ class LayerGradients {
 
  public:
   // input: [rows][width] of the layer below (under dropout), nullptr: the caller's. grad_input likewise.
-  // grad_weights: of this layer, one beside each of its weights, or nullptr.
-  LayerGradients(const Layer& layer, const A* input, A* grad_input, void* const* grad_weights, const int64_t* before,
-                 const int64_t* time, const int64_t* place)
+  LayerGradients(const Layer& layer, const A* input, A* grad_input, const int64_t* before, const int64_t* time,
+                 const int64_t* place)
       : y_(layer),
         p_(layer.p),
         input_(input),
         grad_input_(grad_input),
-        grad_weights_(grad_weights),
         before_(before),
         time_(time),
         place_(place),
@@ -46,10 +45,10 @@ class LayerGradients {
     const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
                   of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
                   of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0,
-                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0,
-                  of_peepholes = rnn_peepholes(p_) * columns(p_.hidden);
+                  of_bias = p_.bias && !p_.layer_norm ? slots_of(p_) * columns(p_.hidden) : 0,
+                  of_peepholes = p_.layer_norm ? 0 : rnn_peepholes(p_) * columns(p_.hidden);
     const int64_t each = of_x + of_h + of_r + of_bias + of_peepholes,
-                  of_weights = grad_weights_ ? p_.directions * each : 0;
+                  of_weights = y_.grads[0] ? p_.directions * each : 0;
     const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
     parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
       if (i < of_input) return input_tile(i / columns(width_), i % columns(width_));
@@ -72,9 +71,7 @@ class LayerGradients {
   int64_t tiles(int64_t n) const { return tiles(n, tile_); }
   static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
   int64_t output_width() const { return p_.directions * p_.state; }
-  T* gradient(int64_t d, int64_t which) const {
-    return static_cast<T*>(grad_weights_[d * rnn_weights_each(p_, p_.bias) + which]);
-  }
+  T* gradient(int64_t d, int64_t which) const { return static_cast<T*>(y_.grads[d][which]); }
 
   // Two rows of numbers, or one where an element is one, into row r of panels: number k at [k / W][r][k % W], zeros
   // after n. A row that is nullptr is zero.
@@ -124,9 +121,21 @@ class LayerGradients {
     const Variant<vec<A>> variant{p_.hard_sigmoid, p_.hard_tanh, false, {}};
     for (int64_t k = 0; k < n; k += L)
       store(room + k, at_step(d, row, first + k, [&](auto cell, const auto& kept, vec<A> c) HT_LAMBDA {
-              return decltype(cell)::output(variant, kept, c);
+              using C = decltype(cell);
+              if (!p_.layer_norm) return C::output(variant, kept, c);
+              const Normalised<vec<A>> normalised{variant, bent(d, row, first + k, C::next_cell(kept, c)), {}};
+              return C::output(normalised, kept, c);
             }));
     return room;
+  }
+
+  // What tanh made of c', after its layer norm, of the units [unit, unit + L).
+  vec<A> bent(int64_t d, int64_t row, int64_t unit, vec<A> cell) const {
+    const int64_t n = p_.hidden - unit;
+    const void* const* gains = y_.gains[d] + 2;
+    const vec<A> gain = load_first(static_cast<const T*>(gains[0]) + unit, n);
+    const vec<A> bias = p_.bias ? load_first(static_cast<const T*>(gains[1]) + unit, n) : vec<A>{};
+    return bend(p_, normed_row(p_, y_.normed[d], row), cell, gain, bias);
   }
 
   // Row of an initial state.
@@ -171,7 +180,7 @@ class LayerGradients {
     const int64_t width = source == Source::x ? width_ : source == Source::h ? p_.state : p_.hidden;
     const int64_t j = tile * tile_, rows = least(tile_, height - j);
     const int64_t first = i % column_tiles * kColumns, n = least(kColumns, width - first);
-    const int64_t slot = source == Source::h ? state_slot(p_.cell, gate) : gate;
+    const int64_t slot = source == Source::h ? state_slot(p_, gate) : gate;
     const O* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * y_.pitch() + j;
     const int64_t pitch = source == Source::r ? y_.r_pitch() : y_.slots();
 
@@ -233,7 +242,7 @@ class LayerGradients {
       for (int64_t k = 0; k < n; k += L) {
         const int64_t at = g * p_.hidden + first + k;
         if (g == slot) store_first(gradient(d, 2) + at, load(total + k), n - k);
-        if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
+        if (state_slot(p_, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
       }
   }
 
@@ -301,7 +310,6 @@ class LayerGradients {
   const RnnBackward& p_;
   const A* input_;
   A* grad_input_;
-  void* const* grad_weights_;
   const int64_t *before_, *time_, *place_;
   const int64_t width_, gates_, rows_;  // rows_: those that exist
   const int64_t
@@ -350,8 +358,8 @@ void rnn_backward_in(const RnnBackward& p) {
   find_rows(p, before, time, place);
 
   const int64_t each = rnn_weights_each(p, p.bias), output = p.rows * p.directions * p.state;
-  LayerBackward<E, T> y{p,       0,  nullptr, nullptr, {}, {}, {}, {}, {}, nullptr, back_loop_of<A, O>(p.cell),
-                        p.steps, {}, {},      {},      {}};
+  LayerBackward<E, T> y(p);
+  y.steps = p.steps, y.left = numbers(at.left);
   while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
   y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
@@ -364,10 +372,12 @@ void rnn_backward_in(const RnnBackward& p) {
     y.output = saved.output;
     for (int64_t d = 0; d < p.directions; ++d) {
       const void* const* weights = p.weights + (y.layer * p.directions + d) * each;
-      y.keep[d] = saved.keep[d];
+      y.keep[d] = saved.keep[d], y.normed[d] = saved.normed[d];
+      y.gains[d] = weights + each - rnn_gains_each(p, p.bias);
+      y.grads[d] = p.grad_weights ? p.grad_weights + (y.layer * p.directions + d) * each : nullptr;
       y.wx[d] = static_cast<const T*>(weights[0]), y.wh[d] = static_cast<const T*>(weights[1]);
       y.wr[d] = y.projects() ? static_cast<const T*>(weights[2 + 2 * p.bias]) : nullptr;
-      y.peepholes[d] = p.peepholes ? static_cast<const T*>(weights[each - 1]) : nullptr;
+      y.peepholes[d] = p.peepholes ? static_cast<const T*>(y.gains[d][-1]) : nullptr;
       if (p.weight_dropout.p > 0)
         y.wh[d] = drop_weights<A>(p, y.layer * p.directions + d, y.wh[d],
                                   reinterpret_cast<T*>(scratch + at.weights) + d * rnn_weight_numbers(p));
@@ -381,8 +391,7 @@ void rnn_backward_in(const RnnBackward& p) {
     if (y.layer && p.dropout.p > 0 && p.grad_weights)
       input = drop_input(p, y.layer, input, numbers(at.dropped), time, place);
     A* grad_input = y.layer ? numbers(at.between) + (y.layer & 1) * output : nullptr;
-    void* const* grads = p.grad_weights ? p.grad_weights + y.layer * p.directions * each : nullptr;
-    LayerGradients<E, T>(y, input, grad_input, grads, before, time, place).run();
+    LayerGradients<E, T>(y, input, grad_input, before, time, place).run();
     y.grad_output = grad_input;
   }
   clear_padding<T>(p, p.grad_input, p.input_size);

@@ -180,13 +180,14 @@ void clear_padding(const Rnn& p, const RnnTensor& t, int64_t width) {
 // Where saved has a layer's parts.
 template <class A>
 struct SavedLayer {
-  A *output, *keep[2];
+  A *output, *keep[2], *normed[2];
 };
 template <class A, class S>
 HT_INLINE SavedLayer<A> saved_layer(const Rnn& p, S* saved, int64_t layer) {
   A* at = const_cast<A*>(static_cast<const A*>(saved)) + layer * rnn_saved_of_layer(p);
   A* keep = at + p.rows * p.directions * p.state;
-  return {at, {keep, keep + p.rows * rnn_kept(p) * p.hidden}};
+  A* normed = keep + p.rows * p.directions * rnn_kept(p) * p.hidden;
+  return {at, {keep, keep + p.rows * rnn_kept(p) * p.hidden}, {normed, normed + p.rows * rnn_normed(p)}};
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -141,7 +141,9 @@ class RnnArguments(Arguments):
         biases = [(rows,), (rows,)] if self["bias"] else []
         projection = [(self.state, self.hidden)] if self.state != self.hidden else []
         peepholes = (self.cell.peephole_gates * self.hidden,)
-        return [(rows, inputs), (rows, self.state), *biases, *projection, peepholes][place]
+        gains = [(rows,), (rows,), (self.hidden,), (self.hidden,)] if self.cell.layernorm else []
+        first = [(rows, inputs), (rows, self.state), *biases, *projection]
+        return [*first, *([peepholes] if self.cell.peepholes else []), *gains][place]
 
     @property
     def is_packed(self) -> bool:
@@ -214,6 +216,9 @@ class RnnArguments(Arguments):
             one = matrix(gates, self.hidden, inputs) + matrix(gates, self.hidden, self.state)
             one += matrix(1, self.state, self.hidden) if self.state != self.hidden else 0
             one += self.cell.peephole_gates * _round_up(self.hidden, 64) * wide
+            if self.cell.layernorm:
+                one += 4 * columns(gates, self.hidden) * wide
+                one += 2 * _round_up(self.hidden, 64) * wide if self.cell.is_lstm else 0
             total += self.directions * (one + 2 * columns(gates, self.hidden) * wide)
         return total
 
@@ -227,7 +232,7 @@ class RnnArguments(Arguments):
         )
 
     def _saved_numbers(self) -> int:
-        each = self.state + self.cell.kept(self.rates["zoneout"]) * self.hidden
+        each = self.state + self.cell.kept(self.rates["zoneout"]) * self.hidden + self.cell.normed(self.hidden)
         return self.layers * self.rows * self.directions * each
 
     def _check_saved(self) -> None:

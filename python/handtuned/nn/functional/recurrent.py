@@ -271,8 +271,9 @@ def run_cell(
         packed = packed if ws[0].dtype == weights[0].dtype else None
     dims = input.dim()
     _require(op, dims in (1, 2), f"input has {dims} dims, expected 2, or 1 without a batch; reshape it")
-    bias = len(ws) - ops.CELLS[variant.mode(mode)].peepholes == 4
-    _check(op, input, ws, 1, len(ws))
+    cell = ops.CELLS[variant.mode(mode)]
+    bias = len(ws) >= cell.weights(True, False)
+    _check(op, input, ws, 1, cell.weights(bias, False))
     for name, state in (("h", h0), ("c", c0)):
         same = state is None or state.dim() == dims
         _require(
