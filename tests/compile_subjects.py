@@ -187,7 +187,8 @@ class Step(torch.nn.Module):
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
         q, k, v = (heads(t) for t in self.qkv(x).chunk(3, -1))
         tables = dict(rotary_cos=self.cos, rotary_sin=self.sin)
-        return H.attention_with_kv_cache(q, keys, values, k, v, cache_lengths=lengths, **tables)
+        output: Any = H.attention_with_kv_cache(q, keys, values, k, v, cache_lengths=lengths, **tables)
+        return output
 
 
 def step_inputs(batch: int, length: int) -> tuple[Tensor, ...]:

@@ -43,7 +43,7 @@ def apply(function: type[Function], *args: Any) -> Any:
     """function.apply(*args), in a form that torch.compile can trace."""
     if torch.compiler.is_compiling():
         args = _traceable(args)
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+    return function.apply(*args)
 
 
 def _traceable(args: tuple[Any, ...]) -> tuple[Any, ...]:
