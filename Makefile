@@ -2,6 +2,7 @@
 #   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
 #   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
 #   make test-gpu-full   every planted bug in the CUDA kernels, of which `make test` runs a sample
+#   make gpu-check   on a machine with a GPU: kernels checked and timed there, one JSON and one page  (ARGS="--dry-run")
 #   make bench     the benchmark tables          make bench-report   the page made of them
 
 PYTHON ?= python3
@@ -12,9 +13,9 @@ ARGS ?=
 export HF_HUB_OFFLINE = 1
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
-CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build compare test test-gpu-full lint format bench bench-report clean
+.PHONY: build compare test test-gpu-full gpu-check lint format bench bench-report clean
 
 $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,7 +29,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 
 # The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
 # kernels for the emulator in tests/simt.
-$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt -type f -not -name '*.pyc')
+$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
@@ -41,7 +42,11 @@ test: $(VENV)/test-build.stamp lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu-full: $(VENV)/test-build.stamp
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_budgets.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_budgets.py tests/test_ptx_norm.py
+
+# The test build, because results are compared with the emulator's.
+gpu-check: $(VENV)/test-build.stamp
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu_check $(ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

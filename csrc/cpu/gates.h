@@ -48,12 +48,6 @@ struct Variant {
     return hard_tanh ? ((y > -1) & (y < 1) ? V{} + 1 : V{}) : Plain<V>().tanh_slope(y);
   }
   HT_INLINE V peep(int k, V c) const { return peepholes ? peephole[k] * c : V{}; }
-
- private:
-  HT_INLINE static V clamp(V x, A low, A high) {
-    x = x < low ? V{} + low : x;
-    return x > high ? V{} + high : x;
-  }
 };
 
 // Long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000; peepholes: Gers & Schmidhuber 2000)

@@ -6,6 +6,9 @@ namespace handtuned::HANDTUNED_ISA {
 
 inline constexpr double kLog2e = 1.4426950408889634;
 
+// 2^n of the integer that 1.5 * 2^23 + n holds.
+HT_INLINE f32 power_of_two(f32 shifted) { return (f32)(((u32)shifted << 23) + 0x3f800000u); }
+
 // e^x for x up to about 80; exactly 0 below -87.3 (double -708.3) and for -infinity; NaN for NaN.
 //   e^x = 2^n * e^f,  n = round(x / ln 2),  f = x - n ln 2 in [-0.35, 0.35]
 // Adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits. ln 2 is taken off in two parts, the first with
@@ -29,7 +32,7 @@ HT_INLINE void exponential(f32 (&x)[N]) {
   each([&](int i) HT_LAMBDA { p[i] = kPolynomial[0] * x[i] + kPolynomial[1]; });
 #pragma GCC unroll 8
   for (int k = 2; k < 7; ++k) each([&](int i) HT_LAMBDA { p[i] = p[i] * x[i] + kPolynomial[k]; });
-  each([&](int i) HT_LAMBDA { p[i] *= (f32)(((u32)shifted[i] << 23) + 0x3f800000u); });
+  each([&](int i) HT_LAMBDA { p[i] *= power_of_two(shifted[i]); });
   each([&](int i) HT_LAMBDA { x[i] = (f32)((i32)p[i] & ~tiny[i]); });
 }
 
@@ -90,16 +93,23 @@ HT_INLINE double logarithm(double x) { return __builtin_log(x); }
 HT_INLINE f32 absolute(f32 x) { return (f32)((u32)x & 0x7fffffffu); }
 HT_INLINE f64 absolute(f64 x) { return (f64)((u64)x & 0x7fffffffffffffffu); }
 
-// tanh(x) = sign(x) * (1 - e) / (1 + e),  e = e^(-2 |x|);  near 0, where 1 - e cancels, x + x^3 P(x^2).
+// min(max(x, low), high);  NaN stays
+template <class V>
+HT_INLINE V clamp(V x, double low, double high) {
+  using A = decltype(x[0] + x[0]);
+  return smaller(V{} + A(high), larger(V{} + A(low), x));
+}
+
+// tanh(x) = sign(x) m / (m + 2),  m = e^2a - 1 = 2^n M + (2^n - 1),  a = |x|,  n = round(2a / ln 2),
+// M = e^2f - 1 = 2f + f^2 Q(f),  f = a - n ln 2 / 2: near 0, where n is 0, nothing cancels. Q through the Chebyshev
+// nodes, error of M 2.6e-8. From 9.02 on it is 1 to the last bit. Polynomials in pairs: a chain would be waited for.
 HT_INLINE f32 tanh(f32 x) {
-  f32 a = absolute(x), e = exponential(-2.0f * a), far = (1.0f - e) / (1.0f + e);
-  far = (f32)((u32)far | ((u32)x & 0x80000000u));
-  f32 z = x * x;
-  f32 p = -5.70498872745e-3f * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  return a < 0.625f ? x + x * z * p : far;
+  const f32 a = smaller(f32{} + 9.02f, absolute(x));
+  const f32 shifted = a * float(2 * kLog2e) + 12582912.0f, n = shifted - 12582912.0f;
+  const f32 f = a - n * 0.3466796875f + n * 1.06097220e-4f, z = f * f;
+  const f32 high = 8.936856e-2f * z + (2.676225e-1f * f + 6.6665582e-1f), low = 1.33332615f * f + 2.0f;
+  const f32 power = power_of_two(shifted), m = power * (z * (high * z + low) + (f + f)) + (power - 1.0f);
+  return (f32)((u32)(m / (m + 2.0f)) | ((u32)x & 0x80000000u));
 }
 
 HT_INLINE f64 tanh(f64 x) {
@@ -136,18 +146,21 @@ HT_INLINE f64 erf(f64 x) {
   return y;
 }
 
-// 1 / (1 + e^-x), relative error near one rounding on both sides:  with e = e^-|x|  1 / (1 + e) above 0, e / (1 + e)
-// below.
-template <class V>
-HT_INLINE V sigmoid(V x) {
-  V e = exponential(-absolute(x));
-  return (x < 0 ? e : 1 - V{}) / (1 + e);
+// 1 / (1 + e^-x), relative error near one rounding on both sides; e^-x as in exponential(), its f with the other sign.
+// Exactly 0 below -87.
+HT_INLINE f32 sigmoid(f32 x) {
+  const f32 a = clamp(x, -87, 87), shifted = a * float(-kLog2e) + 12582912.0f, n = shifted - 12582912.0f;
+  const f32 f = a + n * 0.693359375f - n * 2.12194440e-4f;
+  const f32 z = f * f, high = 1.3941108e-3f * z + (4.1666353e-2f - 8.3751264e-3f * f);
+  const f32 p = z * (z * high + (0.5f - 1.6666416e-1f * f)) + (1.0f - f);
+  const f32 y = 1.0f / (1.0f + p * power_of_two(shifted));
+  return x < -87.0f ? f32{} : y;
 }
 
-// The larger; b where a is NaN.
-template <class V>
-HT_INLINE V larger(V a, V b) {
-  return a > b ? a : b;
+// With e = e^-|x|:  1 / (1 + e) above 0, e / (1 + e) below.
+HT_INLINE f64 sigmoid(f64 x) {
+  f64 e = exponential(-absolute(x));
+  return (x < 0 ? e : 1 - f64{}) / (1 + e);
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

@@ -270,9 +270,8 @@ class BackwardTask {
       if (y_.projects()) {
         // gradient of what is projected = dh * W_r
         dh = m_;
-        for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
         const Broadcast<E> gradient{reinterpret_cast<const E*>(y_.r_row(d, 0)), y_.r_pitch() / kPack<E>, 1};
-        multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, dh);
+        multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, dh, kZeros<A>, 0);
       }
       for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
       for (int64_t place = 0; place < n && p_.grad_cells.data && y_.layer + 1 == p_.layers; ++place) {
@@ -318,23 +317,24 @@ class BackwardTask {
     take(cell ? y_.kept_cell(d, row) : y_.output + (row * p_.directions + d) * p_.state);
   }
 
-  // dh of own panels += d * W_h, under the mask of the states.
+  // dh of own panels += d * W_h, under the mask of the states; with a projection nothing was left in dh.
   void pass_on(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
     for (int64_t i = 0; i < state_panels(part); ++i) {
       A *dh = part.dh + i * p_.batch * W, *sums = y_.masks ? sums_ : dh;
-      for (int64_t j = 0; j < n * W && y_.projects(); j += L) store(dh + j, vec<A>{});
-      for (int64_t j = 0; j < n * W && y_.masks; j += L) store(sums + j, vec<A>{});
+      const bool anew = y_.projects() || y_.masks;
       for (int64_t g = 0; g < gates; ++g) {
         const O* from = y_.d_rows(d, s) + state_slot(p_.cell, g) * y_.pitch();
         const Broadcast<E> gradient{reinterpret_cast<const E*>(from), y_.slots() / kPack<E>, 1};
         const int64_t depth = y_.pitch() / kPack<E>;
-        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, sums);
+        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, sums,
+                       anew && g == 0 ? kZeros<A> : sums, anew && g == 0 ? 0 : W);
       }
       for (int64_t place = 0; place < n && y_.masks; ++place)
         each_vector(state_begin(part) + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
           const int64_t at = place * W + v * L;
-          store(dh + at, load(dh + at) + load(sums + at) * load(y_.mask(d, place) + unit));
+          const vec<A> through = load(sums + at) * load(y_.mask(d, place) + unit);
+          store(dh + at, y_.projects() ? through : load(dh + at) + through);
         });
       if (y_.projects()) rejoin(part.zone_h, n, part.around + i * p_.batch * W, dh);
     }

@@ -182,20 +182,30 @@ class ForwardTask {
 
   // X = W_x x + b_x for the steps [from, to), own panels.
   void project_input(ForwardPart<A>& part, int64_t from, int64_t to) {
-    const int64_t rows = take_input(part.direction, from, to);
-    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows);
+    const int64_t rows = first_row(p_, to) - first_row(p_, from);
+    const Broadcast<E> x = take_input(part.direction, from, to);
+    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows, x);
   }
-  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows) {
-    const Broadcast<E> x{reinterpret_cast<const E*>(rows_), round_up(y_.wx.in, 2) / kPack<E>, 1};
+  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows, Broadcast<E> x) {
     A* sums = part.x + own * stretch_rows() * columns_;
     const A* bias = weights(part.direction).x_bias + (part.begin + own) * columns_;
-    for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, bias, columns_);
-    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums);
+    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums, bias);
   }
 
-  // The rows of input of these steps, as operands; returns how many.
-  int64_t take_input(int64_t d, int64_t from, int64_t to) {
+  // The rows of input of these steps, as operands: where they lie, or copies.
+  Broadcast<E> take_input(int64_t d, int64_t from, int64_t to) {
     const int64_t width = y_.wx.in, pitch = round_up(width, 2);
+    if (d == 0 && width % kPack<E> == 0) {
+      auto in_place = [&](const O* first, int64_t row) {
+        return Broadcast<E>{reinterpret_cast<const E*>(first), row / kPack<E>, 1};
+      };
+      const RnnTensor& x = p_.input;
+      if constexpr (std::is_same_v<O, A>)
+        if (y_.input && p_.dropout.p == 0) return in_place(y_.input + first_row(p_, from) * width, width);
+      if constexpr (std::is_same_v<O, T>)
+        if (!y_.input && x.batch % kPack<E> == 0 && (p_.packed || (!p_.order && x.step == p_.batch * x.batch)))
+          return in_place(caller_row<const T>(p_, x, from, 0), x.batch);
+    }
     O* out = rows_;
     for (int64_t s = from; s < to; ++s) {
       for (int64_t place = 0; place < active_at(p_, s); ++place, out += pitch) {
@@ -211,7 +221,7 @@ class ForwardTask {
                        p_.dropout.p > 0 ? factor_ : nullptr);
       }
     }
-    return first_row(p_, to) - first_row(p_, from);
+    return {reinterpret_cast<const E*>(rows_), pitch / kPack<E>, 1};
   }
 
   // The gates of own panels at a step. Of few rows, several panels' together: they wait for results less that way.
@@ -221,36 +231,38 @@ class ForwardTask {
     const bool back = (s + y_.turned) & 1;
     find_rows(part.direction, s, n);
     draw_zoneout(part, s, n);
-    if (y_.steps == 1) take_input(part.direction, 0, 1);
+    const Broadcast<E> x = y_.steps == 1 ? take_input(part.direction, 0, 1) : Broadcast<E>{};
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = (back ? groups - 1 - g : g) * together;
-      step(part, s, n, first, least(together, own - first), back);
+      step(part, s, n, first, least(together, own - first), back, x);
     }
+    if (y_.projects()) {
+      for (int64_t r = 0; r < n; ++r)
+        put(y_.m_row(part.direction, r), part.h + r * units(), y_.wh, part.begin, part.end);
+    } else {
+      give_state(part, s, n);
+    }
+    if (has_cell_state(p_.cell)) give_cell(part, s, n);
   }
   // Of `panels` panels, the first one `own` panels after the part's first; their products from the last to the first if
-  // `back`.
-  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back) {
+  // `back`. x: operands of a single step's input.
+  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back, Broadcast<E> x) {
     const int64_t d = part.direction, state = p_.batch * units(), unit = (part.begin + own) * units();
     const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
     for (int64_t j = 0; j < panels; ++j) {
       const int64_t i = back ? panels - 1 - j : j, panel = part.begin + own + i;
       A* sums = sums_ + i * n * columns_;
-      if (y_.steps == 1) multiply_input(part, own + i, n);
-      for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, weights(d).h_bias + panel * columns_, columns_);
-      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums);
+      if (y_.steps == 1) multiply_input(part, own + i, n, x);
+      const A* bias = weights(d).h_bias + panel * columns_;
+      if (s > 0 || p_.h0)
+        multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums, bias);
+      else
+        for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, bias, columns_);
     }
     A *h = part.h + own * state, *c = part.c + own * state;
     const int64_t x_panel = stretch_rows() * columns_;
     y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
               y_.keep[d], row_, weights(d).peepholes, y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
-    for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
-      if (y_.projects()) {
-        for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
-      } else {
-        give_state(d, s, n, h, unit + i * units(), units());
-      }
-      if (has_cell_state(p_.cell)) give_cell(d, s, n, c, unit + i * units());
-    }
   }
 
   // h = W_r m, own panels.
@@ -260,12 +272,11 @@ class ForwardTask {
     find_rows(d, s, n);
     A* h = part.r;
     for (int64_t i = part.r_begin; i < part.r_end; ++i, h += p_.batch * width) {
-      for (int64_t j = 0; j < n * width; j += L) store(sums_ + j, vec<A>{});
-      multiply(n, m, weights(d).r, y_.wr, i, sums_);
+      multiply(n, m, weights(d).r, y_.wr, i, sums_, kZeros<A>);
       for (int64_t j = 0; j < n * width; j += L)
         store(h + j, zone(part.zone_h.of(j / width, i * width + j % width), load(sums_ + j), load(h + j)));
-      give_state(d, s, n, h, i * width, width);
     }
+    give_state(part, s, n);
   }
 
   void draw_zoneout(ForwardPart<A>& part, int64_t s, int64_t n) {
@@ -276,9 +287,11 @@ class ForwardTask {
 
   const DirectionWeights<A, T>& weights(int64_t d) const { return y_.weights[d]; }
 
-  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums) {
+  // sums[rows] = base + B * a panel
+  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums,
+                const A* base) {
     const W* weights = reinterpret_cast<const W*>(matrix + panel * panel_numbers<A>(m));
-    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums);
+    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums, base, 0);
   }
 
   Broadcast<E> state_operand(int64_t d, int64_t step) const {
@@ -291,35 +304,41 @@ class ForwardTask {
     for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
   }
 
-  // `width` numbers from `unit` of a row that ends at `end`, times those of `factor` unless that is nullptr.
+  // Panels [begin, end) of a place's state, [panels][batch][units], to their units of a row, times those of `factor`
+  // unless that is nullptr.
   template <class To>
-  HT_INLINE void put(To* to, const A* from, int64_t unit, int64_t width, int64_t end, const A* factor = nullptr) {
-    for (int64_t u = unit; u < unit + width && u < end; u += L, from += L)
-      store_first(to + u, factor ? load(from) * load(factor + u) : load(from), end - u);
+  HT_INLINE void put(To* to, const A* from, const PanelShape& m, int64_t begin, int64_t end,
+                     const A* factor = nullptr) {
+    const int64_t width = units_of<A>(m);
+    for (int64_t i = begin; i < end; ++i, from += p_.batch * width)
+      for (int64_t k = 0, u = i * width; k < width && u < m.out; k += L, u += L)
+        store_first(to + u, factor ? load(from + k) * load(factor + u) : load(from + k), m.out - u);
   }
 
-  // h of a step, [n][width] from `unit`, to all who read it.
-  void give_state(int64_t d, int64_t s, int64_t n, const A* h, int64_t unit, int64_t width) {
-    const int64_t cell = y_.layer * p_.directions + d;
-    for (int64_t place = 0; place < n; ++place, h += width) {
-      put(y_.h_row(d, s, place), h, unit, width, p_.state, y_.mask(d, place));
+  // h of a step to all who read it.
+  void give_state(const ForwardPart<A>& part, int64_t s, int64_t n) {
+    const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
+    const A* h = y_.projects() ? part.r : part.h;
+    for (int64_t place = 0; place < n; ++place, h += units_of<A>(state_shape())) {
+      auto give = [&](auto* to, const A* factor) {
+        put(to, h, state_shape(), state_begin(part), state_end(part), factor);
+      };
+      give(y_.h_row(d, s, place), y_.mask(d, place));
       const int64_t time = time_of(p_, d, s, place);
-      if (y_.output) put(y_.output + (row_[place] * p_.directions + d) * p_.state, h, unit, width, p_.state);
-      if (y_.last && p_.output.data)
-        put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
+      if (y_.output) give(y_.output + (row_[place] * p_.directions + d) * p_.state, nullptr);
+      if (y_.last && p_.output.data) give(caller_row<T>(p_, p_.output, time, place) + d * p_.state, nullptr);
       if (s + 1 == length_of(p_, place))
-        put(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, h, unit, width, p_.state);
+        give(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, nullptr);
     }
   }
-  void give_cell(int64_t d, int64_t s, int64_t n, const A* c, int64_t unit) {
-    const int64_t cell = y_.layer * p_.directions + d;
+  void give_cell(const ForwardPart<A>& part, int64_t s, int64_t n) {
+    const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
+    const A* c = part.c;
     for (int64_t place = 0; place < n; ++place, c += units()) {
-      if (y_.last && p_.cells.data) {
-        T* row = caller_row<T>(p_, p_.cells, time_of(p_, d, s, place), place);
-        put(row + d * p_.hidden, c, unit, units(), p_.hidden);
-      }
+      auto give = [&](T* to) { put(to, c, y_.wh, part.begin, part.end); };
+      if (y_.last && p_.cells.data) give(caller_row<T>(p_, p_.cells, time_of(p_, d, s, place), place) + d * p_.hidden);
       if (s + 1 == length_of(p_, place))
-        put(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden, c, unit, units(), p_.hidden);
+        give(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden);
     }
   }
 

@@ -3,7 +3,7 @@
 //   grad W_x = d^T x,   grad W_h = d^T h,   grad W_r = (gradient of the projection)^T m,   grad b = sum of d
 //   grad x   = d W_x
 // Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
-// packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns. Sums
+// packed: one into panels of four vectors, the other (of a transposed product) into a block of its tile_ columns. Sums
 // over rows, which may be many, are made of sums of kSum, those over gates of twice as many: the rounding errors of one
 // long chain would show.
 #pragma once
@@ -17,7 +17,7 @@ class LayerGradients {
   using O = Operand<E>;
   using Layer = LayerBackward<E, T>;
   static constexpr int L = kLanes<A>, W = 4 * L;
-  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256, kSum = 32;
+  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 128, kSum = 32;
   static_assert(kColumns % W == 0);
 
  public:
@@ -35,7 +35,10 @@ class LayerGradients {
         place_(place),
         width_(rnn_input_size(p_, layer.layer)),
         gates_(gates_of(p_.cell)),
-        rows_(first_row(p_, p_.steps)) {}
+        rows_(first_row(p_, p_.steps)),
+        tile_(gates_ * tiles(p_.hidden, 2 * kTile) * (columns(width_) + columns(p_.state)) >= 4 * thread_count()
+                  ? 2 * kTile
+                  : kTile) {}
 
   void run() {
     const bool wants_input = grad_input_ || p_.grad_input.data;
@@ -65,7 +68,8 @@ class LayerGradients {
  private:
   enum class Source { x, h, r };
 
-  static int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+  static int64_t tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+  int64_t tiles(int64_t n) const { return tiles(n, tile_); }
   static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
   int64_t output_width() const { return p_.directions * p_.state; }
   T* gradient(int64_t d, int64_t which) const {
@@ -74,11 +78,18 @@ class LayerGradients {
 
   // Two rows of numbers, or one where an element is one, into row r of panels: number k at [k / W][r][k % W], zeros
   // after n. A row that is nullptr is zero.
-  HT_INLINE static void to_panels(E* panels, int64_t r, const A* first, const A* second, int64_t n) {
-    auto load_row = [&](const A* row, int64_t k)
-                        HT_LAMBDA { return row && k < n ? load_first(row + k, n - k) : vec<A>{}; };
-    for (int64_t k = 0; k < round_up(n, W); k += L)
-      store_elements(panels + (k / W * kDepth + r) * W + k % W, load_row(first, k), load_row(second, k));
+  static void to_panels(E* panels, int64_t r, const A* first, const A* second, int64_t n) {
+    auto copy = [&](auto load_row) HT_LAMBDA {
+      for (int64_t k = 0; k < n; k += W) {
+        E* to = panels + k * kDepth + r * W;
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < W; v += L) store_elements(to + v, load_row(first, k + v), load_row(second, k + v));
+      }
+    };
+    if (n % W == 0 && first && (second || kPack<E> == 1))
+      copy([](const A* row, int64_t k) HT_LAMBDA { return row ? load(row + k) : vec<A>{}; });
+    else
+      copy([&](const A* row, int64_t k) HT_LAMBDA { return row && k < n ? load_first(row + k, n - k) : vec<A>{}; });
   }
 
   // n numbers as the accumulate type: in place where they are of it, else in `room`.
@@ -140,30 +151,37 @@ class LayerGradients {
     return p_.cell == RnnCell::lstm ? with(Lstm<vec<A>>()) : with(CoupledLstm<vec<A>>());
   }
 
-  // C[kTile][kColumns] += B * panels, `depth` in elements
-  static void add_product(int64_t rows, Broadcast<E> b, const E* panels, int64_t vectors, int64_t depth, A* c) {
+  // C[tile_][kColumns] += B * panels in sums of `sum`; it and `depth` in elements. A block of C stays in L1 for all
+  // sums.
+  static void add_product(int64_t rows, Broadcast<E> b, const E* panels, int64_t vectors, int64_t depth, int64_t sum,
+                          A* c) {
+    constexpr int64_t kRows = kBlockRows<4>;
     for (int64_t v = 0; v < vectors; v += 4)
-      multiply_rows<E, 4, true>(rows, b, panels + v * L * kDepth, W, depth, c + v * L, kColumns);
+      for (int64_t i = 0; i < rows; i += kRows)
+        for (int64_t k = 0; k < depth; k += sum)
+          multiply_rows<E, 4, true>(least(kRows, rows - i), {b.data + i * b.row + k * b.step, b.row, b.step},
+                                    panels + v * L * kDepth + k * W, W, least(sum, depth - k), c + i * kColumns + v * L,
+                                    kColumns);
   }
 
-  // Rows [tile * kTile, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
+  // Rows [tile * tile_, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
   void weight_tile(Source source, int64_t d, int64_t i, int64_t column_tiles) {
     const int64_t height = source == Source::r ? p_.state : p_.hidden, per_gate = tiles(height);
     const int64_t gate = i / column_tiles / per_gate, tile = i / column_tiles % per_gate;
     const int64_t width = source == Source::x ? width_ : source == Source::h ? p_.state : p_.hidden;
-    const int64_t j = tile * kTile, rows = least(kTile, height - j);
+    const int64_t j = tile * tile_, rows = least(tile_, height - j);
     const int64_t first = i % column_tiles * kColumns, n = least(kColumns, width - first);
     const int64_t slot = source == Source::h ? state_slot(p_.cell, gate) : gate;
     const O* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * y_.pitch() + j;
     const int64_t pitch = source == Source::r ? y_.r_pitch() : y_.slots();
 
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
-                Arena::bytes_of<E>(kDepth * kTile) + 2 * Arena::bytes_of<A>(kColumns));
-    A* sums = arena.template take<A>(kTile * kColumns);
+    Arena arena(Arena::bytes_of<A>(tile_ * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+                Arena::bytes_of<E>(kDepth * tile_) + 2 * Arena::bytes_of<A>(kColumns));
+    A* sums = arena.template take<A>(tile_ * kColumns);
     E* panels = arena.template take<E>(kDepth * kColumns);
-    E* block = arena.template take<E>(kDepth * kTile);
+    E* block = arena.template take<E>(kDepth * tile_);
     A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
-    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t k = 0; k < tile_ * kColumns; k += L) store(sums + k, vec<A>{});
     for (int64_t row = 0; row < rows_; row += kDepth * kPack<E>) {
       const int64_t depth = least(kDepth, whole<E>(rows_ - row) / kPack<E>);
       for (int64_t r = 0; r < depth; ++r) {
@@ -172,12 +190,10 @@ class LayerGradients {
         to_panels(panels, r, first_row, kPack<E> == 2 ? row_of_source(source, d, two, first, n, room[1]) : nullptr, n);
         for (int64_t k = 0; k < rows; k += L) {
           auto load_d = [&](int64_t i) { return i >= 0 ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
-          store_elements(block + r * kTile + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
+          store_elements(block + r * tile_ + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
         }
       }
-      for (int64_t r = 0; r < depth; r += kSum)
-        add_product(rows, {block + r * kTile, 1, kTile}, panels + r * W, round_up(n, W) / L, least(kSum, depth - r),
-                    sums);
+      add_product(rows, {block, 1, tile_}, panels, round_up(n, W) / L, depth, kSum, sums);
     }
     const int64_t which = source == Source::x ? 0 : source == Source::h ? 1 : 2 + 2 * p_.bias;
     T* to = gradient(d, which) + (gate * height + j) * width + first;
@@ -237,17 +253,17 @@ class LayerGradients {
     for (int64_t k = 0; k < n; k += L) store_first(to + k, load(total + k), n - k);
   }
 
-  // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
+  // grad x, rows [tile * tile_, ..), columns [column_tile * kColumns, ..).
   void input_tile(int64_t tile, int64_t column_tile) {
-    const int64_t row = tile * kTile, rows = least(kTile, rows_ - row);
+    const int64_t row = tile * tile_, rows = least(tile_, rows_ - row);
     const int64_t first = column_tile * kColumns, n = least(kColumns, width_ - first);
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+    Arena arena(Arena::bytes_of<A>(tile_ * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
                 Arena::bytes_of<A>(round_up(width_, kDropoutBlock)) + 2 * Arena::bytes_of<A>(kColumns));
-    A* sums = arena.template take<A>(kTile * kColumns);
+    A* sums = arena.template take<A>(tile_ * kColumns);
     E* panels = arena.template take<E>(kDepth * kColumns);
     A* factor = arena.template take<A>(round_up(width_, kDropoutBlock));
     A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
-    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t k = 0; k < tile_ * kColumns; k += L) store(sums + k, vec<A>{});
     for (int64_t d = 0; d < p_.directions; ++d) {
       const int64_t elements = gates_ * y_.pitch() / kPack<E>;
       auto weights_row = [&](int64_t k, A* to) {  // of column k of d, which may be the one that fills up a pair
@@ -261,9 +277,7 @@ class LayerGradients {
           to_panels(panels, r, weights_row(one, room[0]), kPack<E> == 2 ? weights_row(one + 1, room[1]) : nullptr, n);
         }
         const E* gradient = reinterpret_cast<const E*>(y_.gates[d] + row * y_.slots()) + k;
-        for (int64_t r = 0; r < some; r += 2 * kSum)
-          add_product(rows, {gradient + r, y_.slots() / kPack<E>, 1}, panels + r * W, round_up(n, W) / L,
-                      least(2 * kSum, some - r), sums);
+        add_product(rows, {gradient, y_.slots() / kPack<E>, 1}, panels, round_up(n, W) / L, some, 2 * kSum, sums);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -290,6 +304,8 @@ class LayerGradients {
   void* const* grad_weights_;
   const int64_t *before_, *time_, *place_;
   const int64_t width_, gates_, rows_;  // rows_: those that exist
+  const int64_t
+      tile_;  // rows of a tile: many pack less, as long as all threads have some tiles. Sums do not depend on it
 };
 
 // ---- the stack ----------------------------------------------------------------------------------------------------

@@ -121,6 +121,31 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
+// The larger; b where one is NaN.
+HT_INLINE f32 larger(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+HT_INLINE f64 larger(f64 a, f64 b) { return a > b ? a : b; }
+HT_INLINE float larger(float a, float b) { return a > b ? a : b; }
+HT_INLINE double larger(double a, double b) { return a > b ? a : b; }
+// The smaller; b where one is NaN.
+HT_INLINE f32 smaller(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+HT_INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
+
 // Tells the core that this thread only waits for another's store.
 HT_INLINE void relax() {
 #if defined(__x86_64__)
@@ -182,6 +207,22 @@ HT_INLINE void transpose(vec<A>* rows) {
     for (int i = 0; i < L; ++i)
       if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
     transpose<A, 2 * Step>(rows);
+  }
+}
+
+// Lane i is the sum of rows[i]'s lanes, of one vector a row. Of each exchange of a transposition only the sum is kept.
+template <class A, int Step = 1>
+HT_INLINE vec<A> sum_each(vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  if constexpr (Step == L) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2 * Step) {
+      exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
+      rows[i] += rows[i + Step];
+    }
+    return sum_each<A, 2 * Step>(rows);
   }
 }
 

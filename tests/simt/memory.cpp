@@ -4,6 +4,12 @@
 
 namespace simt {
 
+namespace {
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+}
+}  // namespace
+
 SharedMemory::SharedMemory(size_t bytes) : bytes_(bytes), data_(new unsigned char[bytes]), words_((bytes + 3) / 4) {
   std::memset(data_.get(), 0xff, bytes);  // NaN in every format of floating point
 }
@@ -63,8 +69,14 @@ void* SharedMemory::write(size_t offset, size_t bytes) {
   return place;
 }
 
-void check_aligned(const void* p, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+void note_load(const void* p, size_t bytes) {
+  check_aligned(p, bytes);
+  counts.bytes_loaded += bytes;
+}
+
+void note_store(const void* p, size_t bytes) {
+  check_aligned(p, bytes);
+  counts.bytes_stored += bytes;
 }
 
 }  // namespace simt

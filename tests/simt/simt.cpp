@@ -41,6 +41,7 @@ struct Warp {
   std::vector<BankAccess> accesses;
   std::vector<struct Lane*> lanes;
   uint32_t syncs = 0;
+  char places[2];  // as a Barrier's
 };
 
 // A CUDA thread.
@@ -58,6 +59,7 @@ struct Lane : Thread {
 struct Barrier {
   std::vector<Lane*> waiting;
   uint32_t passed = 0;
+  char places[2];  // to publish(): in turns, or who is early would already be seen
 };
 
 struct Block {
@@ -105,9 +107,12 @@ void pass(Barrier& barrier) {
 }
 
 void arrive(Barrier& barrier, size_t needed, const char* name) {
+  void* const place = &barrier.places[barrier.passed % 2];
+  publish(place);
   barrier.waiting.push_back(self());
   if (barrier.waiting.size() == needed) pass(barrier);
   wait_at(name);
+  observe(place);
 }
 
 std::string where(const Thread& t) {
@@ -149,19 +154,24 @@ void settle_banks(Warp& warp) {
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
-void thread_main() {
-  Lane* lane = self();
-  lane->fiber.started();
-  (*state.body)();
-  lane->done = true;
-  Block& block = *lane->of;
+void end_of_thread(Lane& lane) {
+  const Ignored ours;
+  lane.done = true;
+  Block& block = *lane.of;
   --state.running;
   --block.running;
   if (block.running && block.barrier.waiting.size() == block.running) pass(block.barrier);
   if (state.running && state.grid.waiting.size() == state.running) pass(state.grid);
-  lane->fiber.suspend();
 }
 
+void thread_main() {
+  Lane* lane = self();
+  lane->fiber.started();
+  (*state.body)();
+  publish(&state);
+  end_of_thread(*lane);
+  lane->fiber.suspend();
+}
 void add_block(const Launch& what, Index index) {
   state.blocks.push_back(std::make_unique<Block>(what.shared_bytes));
   Block& block = *state.blocks.back();
@@ -251,6 +261,7 @@ void fail(const std::string& what) {
 }
 
 void block_barrier() {
+  const Ignored ours;
   Block& block = *self()->of;
   if (block.barrier.waiting.size() + 1 == block.running)
     for (Warp& warp : block.warps) settle_banks(warp);
@@ -258,11 +269,13 @@ void block_barrier() {
 }
 
 void grid_barrier() {
+  const Ignored ours;
   if (!state.cooperative) fail("a grid barrier in a launch that is not cooperative");
   arrive(state.grid, state.running, "the grid barrier");
 }
 
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
+  const Ignored ours;
   Lane* lane = self();
   Warp& warp = *lane->warp;
   if (!(mask >> lane->lane & 1)) fail(std::string(name) + ": the calling lane is not in the mask");
@@ -272,6 +285,8 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
     found = warp.meetings.end() - 1;
   }
   Meeting& meeting = *found;
+  void* const place = &warp.places[warp.syncs % 2];
+  if (name == kSyncWarp) publish(place);
   if (!meeting.arrived) {
     meeting.name = name;
   } else if (meeting.name != name) {
@@ -289,6 +304,7 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
       if (mask >> l & 1) state.ready.push_back(meeting.waiting[l]);
   }
   wait_at(name);
+  if (name == kSyncWarp) observe(place);
 }
 
 SharedMemory& shared_memory() { return self()->of->shared; }
@@ -299,6 +315,7 @@ Epoch epoch() {
 }
 
 void note_bank_access(size_t offset, size_t bytes) {
+  const Ignored ours;
   Lane* lane = self();
   auto& accesses = lane->warp->accesses;
   const size_t number = lane->accesses++;
@@ -317,6 +334,7 @@ int refuse(const std::string& why) {
 }
 
 int launch(const Launch& what, const std::function<void()>& body) {
+  const Ignored ours;
   const auto size = [](Index i) { return uint64_t(i.x) * i.y * i.z; };
   error_text.clear();
   if (size(what.grid) == 0 || size(what.block) == 0 || size(what.block) > kMostThreads) {
@@ -340,6 +358,8 @@ int launch(const Launch& what, const std::function<void()>& body) {
     add_block(what, order[i]);
     if (!what.cooperative || i + 1 == order.size()) run();
   }
+  observe(&state);
+  reuse_stacks();
   return state.failed ? kLaunchFailure : 0;
 }
 

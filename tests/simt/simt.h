@@ -66,6 +66,12 @@ int launch(const Launch& what, const std::function<void()>& body);
 int refuse(const std::string& why);  // the error of a launch that cannot be
 const std::string& last_error();
 
+// Executes launches in the emulator's stead, where set: the PTX of the same kernels (tests/ptx). Returns what went
+// wrong, or nullptr.
+using Elsewhere = const char* (*)(const void* kernel, const unsigned* grid, const unsigned* block, size_t shared_bytes,
+                                  int cooperative, const void* const* arguments);
+extern Elsewhere elsewhere;
+
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 
 #include "simt.h"
@@ -183,6 +184,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   bool cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = config->attrs[i].val.cooperative != 0;
+  if (simt::elsewhere) {
+    const std::tuple<Params...> values(args...);
+    return std::apply(
+        [&](const Params&... value) {
+          const void* const arguments[] = {&value...};
+          const char* wrong = simt::elsewhere(address, &g.x, &b.x, config->dynamicSmemBytes, cooperative, arguments);
+          return wrong ? simt::refuse(wrong) : cudaSuccess;
+        },
+        values);
+  }
   return simt::launch({{g.x, g.y, g.z}, {b.x, b.y, b.z}, config->dynamicSmemBytes, cooperative},
                       [&] { kernel(Params(args)...); });
 }

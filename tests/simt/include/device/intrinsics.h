@@ -16,14 +16,12 @@ inline Shared<T> shared(int offset) {
 
 template <class V>
 inline V load_global(const V* p) {
-  simt::check_aligned(p, sizeof(V));
-  simt::counts.bytes_loaded += sizeof(V);
+  simt::note_load(p, sizeof(V));
   return *p;
 }
 template <class V>
 inline void store_global(V* p, V value) {
-  simt::check_aligned(p, sizeof(V));
-  simt::counts.bytes_stored += sizeof(V);
+  simt::note_store(p, sizeof(V));
   *p = value;
 }
 
