@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from ... import ops, reference
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from .norm import _draw_seed, _dropout, _or_none
 from .variants import Variant
 
@@ -109,10 +109,8 @@ def _recur(
     if packed is None or weight_dropout > 0:
         packed = kernels.rnn_pack(weights, mode, bidirectional, bias, *drops)
     if torch.is_grad_enabled() and wants_grad(kernels, input, h0, c0, *weights):
-        if torch.compiler.is_compiling() and c0 is not None:  # dynamo takes no tensor twice
-            c0 = c0.view_as(c0)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = _Rnn.apply(  # type: ignore[no-untyped-call]
-            kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, need_cells, *weights
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = apply(
+            _Rnn, kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, need_cells, *weights
         )
         return found
     if seed is None and rates is None and not need_cells:
