@@ -82,6 +82,9 @@ class Cuda:
 
     @contextlib.contextmanager
     def kernels(self, backend: str) -> Iterator[None]:
+        rows = [row for row in handtuned.info().kernels if row.backend == backend]
+        if rows and not any(row.usable for row in rows):
+            raise LookupError(f"no {backend} kernels here: {rows[0].why}")
         with handtuned.backend(backend), handtuned.strict():
             yield
         torch.cuda.synchronize()  # errors of this row belong to this row

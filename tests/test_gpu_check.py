@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,49 @@ def test_a_wrong_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = gpu_check.checks(gpu_check.Dry() if gpu_check.simt_tools.LIBRARY.exists() else Broken(), quick=True)
     assert rows[0].status == "wrong"
     assert "output: rms error" in rows[0].why
+
+
+class FakeEvent:
+    """Of torch.cuda: 2 ms between any two."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.recorded = False
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def synchronize(self) -> None:
+        assert self.recorded
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert self.recorded
+        assert end.recorded
+        return 2.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_real_device_on_a_fake_torch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="A100", major=8, minor=0, multi_processor_count=108, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    device = gpu_check.Cuda()
+    device.torch_device = torch.device("cpu")
+    assert device.describe()["capability"] == "sm_80"
+    assert device.seconds(lambda: None, 4) == 5e-4
+    assert device.lost() is None
+    row = gpu_check.Row("check", "norm", "a case", "cuda")
+    rows: list[gpu_check.Row] = []
+    gpu_check.attempt(rows, row, device, lambda row: device.kernels("cuda").__enter__())
+    assert row.status == "skipped"
+    assert row.why.startswith("no cuda kernels here: ")
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    assert device.lost() == "RuntimeError: CUDA error: an illegal memory access was encountered"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

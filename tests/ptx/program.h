@@ -96,6 +96,7 @@ class Program {
 void decode(Kernel& kernel);
 
 // The families of instructions: fill in action and detail, or say that the opcode is none of theirs.
+bool decode_integer(Instruction& instruction);  // integer.cpp
 bool decode_scalar(Instruction& instruction);   // scalar.cpp
 bool decode_convert(Instruction& instruction);  // convert.cpp
 bool decode_memory(Instruction& instruction);   // memory.cpp

@@ -336,170 +336,6 @@ Action of_any(Type t) {
   return found ? found : of_float<Form, Op>(t);
 }
 
-// ---- integers of other widths --------------------------------------------------------------------------------------
-
-// mul.wide, mul.hi, and the same with an addition. W holds a whole product.
-template <class T, class W, bool high>
-void product(Step& step) {
-  using R = std::conditional_t<high, T, W>;
-  T a[kWarp], b[kWarp];
-  R c[kWarp] = {}, r[kWarp];
-  step.get(1, a);
-  step.get(2, b);
-  if (step.instruction.parts[0] == "mad") step.get(3, c);
-  for (int l = 0; l < kWarp; ++l) r[l] = R(R(high ? W(a[l]) * W(b[l]) >> 8 * sizeof(T) : W(a[l]) * W(b[l])) + c[l]);
-  step.put(size_t(0), r);
-}
-
-template <bool high>
-Action product_of(Type t) {
-  const bool is_signed = t.kind == 's';
-  if (t.bits == 16) return is_signed ? product<int16_t, int32_t, high> : product<uint16_t, uint32_t, high>;
-  if (t.bits == 32) return is_signed ? product<int32_t, int64_t, high> : product<uint32_t, uint64_t, high>;
-  if constexpr (high) {
-    if (t.bits == 64) return is_signed ? product<int64_t, __int128, high> : product<uint64_t, unsigned __int128, high>;
-  }
-  return nullptr;
-}
-
-template <class T, bool left>
-void shift(Step& step) {
-  T a[kWarp], r[kWarp];
-  uint32_t by[kWarp];
-  step.get(1, a);
-  step.get(2, by);
-  constexpr uint32_t bits = 8 * sizeof(T);
-  for (int l = 0; l < kWarp; ++l) {
-    if (by[l] < bits) {
-      r[l] = T(left ? a[l] << by[l] : a[l] >> by[l]);
-    } else {
-      r[l] = std::is_signed_v<T> && !left && a[l] < 0 ? T(-1) : T(0);
-    }
-  }
-  step.put(size_t(0), r);
-}
-template <bool left>
-Action shift_of(Type t) {
-  const bool is_signed = t.kind == 's';
-  if (t.bits == 16) return is_signed ? shift<int16_t, left> : shift<uint16_t, left>;
-  if (t.bits == 32) return is_signed ? shift<int32_t, left> : shift<uint32_t, left>;
-  return t.bits == 64 ? (is_signed ? shift<int64_t, left> : shift<uint64_t, left>) : nullptr;
-}
-
-// shf.l: the upper half of b:a shifted left; shf.r: the lower half, shifted right.
-void funnel(Step& step) {
-  uint32_t a[kWarp], b[kWarp], by[kWarp], r[kWarp];
-  step.get(1, a);
-  step.get(2, b);
-  step.get(3, by);
-  const bool wrap = step.instruction.has("wrap"), left = step.instruction.has("l");
-  for (int l = 0; l < kWarp; ++l) {
-    const uint32_t n = wrap ? by[l] & 31 : std::min(by[l], 32u);
-    const uint64_t both = uint64_t(b[l]) << 32 | a[l];
-    r[l] = left ? uint32_t(both << n >> 32) : uint32_t(both >> n);
-  }
-  step.put(size_t(0), r);
-}
-
-template <class T>
-void extract(Step& step) {  // bfe: `length` bits of a from `from` on
-  T a[kWarp], r[kWarp];
-  uint32_t from[kWarp], length[kWarp];
-  step.get(1, a);
-  step.get(2, from);
-  step.get(3, length);
-  constexpr uint32_t bits = 8 * sizeof(T);
-  using U = std::make_unsigned_t<T>;
-  for (int l = 0; l < kWarp; ++l) {
-    const uint32_t f = from[l] & 0xff, n = length[l] & 0xff;
-    const bool sign = std::is_signed_v<T> && n && (U(a[l]) >> std::min({bits - 1, f + n - 1}) & 1);
-    U found = f < bits ? U(a[l]) >> f : 0;
-    const U mask = n >= bits ? U(~U(0)) : U((U(1) << n) - 1);
-    found &= mask;
-    if (sign) {
-      const uint32_t known = f >= bits ? 0 : std::min(n, bits - f);
-      found |= known >= bits ? 0 : U(~U(0)) << known;
-    }
-    r[l] = T(found);
-  }
-  step.put(size_t(0), r);
-}
-
-template <class T>
-void insert(Step& step) {  // bfi: the lower bits of a into b
-  T a[kWarp], b[kWarp], r[kWarp];
-  uint32_t to[kWarp], length[kWarp];
-  step.get(1, a);
-  step.get(2, b);
-  step.get(3, to);
-  step.get(4, length);
-  constexpr uint32_t bits = 8 * sizeof(T);
-  for (int l = 0; l < kWarp; ++l) {
-    const uint32_t f = to[l] & 0xff, n = length[l] & 0xff;
-    const T ones = n >= bits ? T(~T(0)) : T((T(1) << n) - 1);
-    const T mask = f >= bits ? T(0) : T(ones << f);
-    r[l] = f >= bits ? b[l] : T((b[l] & ~mask) | (T(a[l] << f) & mask));
-  }
-  step.put(size_t(0), r);
-}
-
-void permute(Step& step) {  // prmt: four bytes chosen out of b:a
-  uint32_t a[kWarp], b[kWarp], c[kWarp], r[kWarp];
-  step.get(1, a);
-  step.get(2, b);
-  step.get(3, c);
-  for (int l = 0; l < kWarp; ++l) {
-    const uint64_t both = uint64_t(b[l]) << 32 | a[l];
-    r[l] = 0;
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t choice = c[l] >> 4 * i & 15;
-      uint8_t byte = uint8_t(both >> 8 * (choice & 7));
-      if (choice & 8) byte = byte & 0x80 ? 0xff : 0;  // its sign, eight times
-      r[l] |= uint32_t(byte) << 8 * i;
-    }
-  }
-  step.put(size_t(0), r);
-}
-
-void lookup(Step& step) {  // lop3: any function of three bits, by its table
-  uint32_t a[kWarp], b[kWarp], c[kWarp], r[kWarp] = {};
-  step.get(1, a);
-  step.get(2, b);
-  step.get(3, c);
-  const uint32_t table = uint32_t(step.operand(4).number);
-  for (int l = 0; l < kWarp; ++l)
-    for (uint32_t i = 0; i < 8; ++i)
-      if (table >> i & 1) r[l] |= (i & 4 ? a[l] : ~a[l]) & (i & 2 ? b[l] : ~b[l]) & (i & 1 ? c[l] : ~c[l]);
-  step.put(size_t(0), r);
-}
-
-// popc, clz, brev, bfind: the first two and the last give 32 bits.
-template <class T>
-void bits_of(Step& step) {
-  T a[kWarp];
-  uint32_t r[kWarp];
-  step.get(1, a);
-  const std::string& name = step.instruction.parts[0];
-  for (int l = 0; l < kWarp; ++l) {
-    uint64_t v = uint64_t(a[l]);
-    if (name == "bfind" && step.instruction.type.kind == 's' && T(a[l]) >> (8 * sizeof(T) - 1)) v = T(~a[l]);
-    const uint32_t leading = v ? uint32_t(__builtin_clzll(v)) - uint32_t(64 - 8 * sizeof(T)) : 8 * sizeof(T);
-    if (name == "popc") r[l] = uint32_t(__builtin_popcountll(v));
-    if (name == "clz") r[l] = leading;
-    if (name == "bfind") r[l] = !v ? ~0u : step.instruction.has("shiftamt") ? leading : 8 * sizeof(T) - 1 - leading;
-  }
-  step.put(size_t(0), r);
-}
-
-template <class T>
-void reverse(Step& step) {
-  T a[kWarp], r[kWarp] = {};
-  step.get(1, a);
-  for (int l = 0; l < kWarp; ++l)
-    for (size_t i = 0; i < 8 * sizeof(T); ++i) r[l] |= T((a[l] >> i & 1) << (8 * sizeof(T) - 1 - i));
-  step.put(size_t(0), r);
-}
-
 // ---- comparisons and choices ---------------------------------------------------------------------------------------
 
 enum Comparison : uint32_t { kEq, kNe, kLt, kLe, kGt, kGe, kNum, kNan, kUnordered = 8 };
@@ -652,17 +488,13 @@ const std::map<std::string, Action (*)(const Instruction&)> kDecoders = {
     {"add", [](const Instruction& in) { return of_any<Binary, Add>(in.type); }},
     {"sub", [](const Instruction& in) { return of_any<Binary, Sub>(in.type); }},
     {"mul",
-     [](const Instruction& in) {
-       return in.has("wide") ? product_of<false>(in.type)
-              : in.has("hi") ? product_of<true>(in.type)
-                             : of_any<Binary, Mul>(in.type);
+     [](const Instruction& in) -> Action {
+       return in.has("wide") || in.has("hi") ? nullptr : of_any<Binary, Mul>(in.type);  // integer.cpp
      }},
     {"mad",
-     [](const Instruction& in) {
-       return in.has("wide")        ? product_of<false>(in.type)
-              : in.has("hi")        ? product_of<true>(in.type)
-              : in.type.kind == 'f' ? of_float<Ternary, Fma>(in.type)
-                                    : of_integer<Ternary, MulAdd>(in.type);
+     [](const Instruction& in) -> Action {
+       if (in.has("wide") || in.has("hi")) return nullptr;
+       return in.type.kind == 'f' ? of_float<Ternary, Fma>(in.type) : of_integer<Ternary, MulAdd>(in.type);
      }},
     {"fma",
      [](const Instruction& in) {
@@ -697,24 +529,6 @@ const std::map<std::string, Action (*)(const Instruction&)> kDecoders = {
     {"xor", [](const Instruction& in) { return in.type.kind == 'p' ? logic : of_integer<Binary, Xor>(in.type); }},
     {"not", [](const Instruction& in) { return in.type.kind == 'p' ? logic : of_integer<Unary, Not>(in.type); }},
     {"cnot", [](const Instruction& in) { return of_integer<Unary, Zero>(in.type); }},
-    {"shl", [](const Instruction& in) { return shift_of<true>(in.type); }},
-    {"shr", [](const Instruction& in) { return shift_of<false>(in.type); }},
-    {"shf", [](const Instruction&) -> Action { return funnel; }},
-    {"bfe",
-     [](const Instruction& in) -> Action {
-       if (in.type.bits == 32) return in.type.kind == 's' ? extract<int32_t> : extract<uint32_t>;
-       return in.type.kind == 's' ? extract<int64_t> : extract<uint64_t>;
-     }},
-    {"bfi", [](const Instruction& in) -> Action { return in.type.bits == 32 ? insert<uint32_t> : insert<uint64_t>; }},
-    {"prmt", [](const Instruction& in) -> Action { return in.parts.size() == 2 ? permute : nullptr; }},
-    {"lop3", [](const Instruction&) -> Action { return lookup; }},
-    {"popc",
-     [](const Instruction& in) -> Action { return in.type.bits == 32 ? bits_of<uint32_t> : bits_of<uint64_t>; }},
-    {"clz", [](const Instruction& in) -> Action { return in.type.bits == 32 ? bits_of<uint32_t> : bits_of<uint64_t>; }},
-    {"bfind",
-     [](const Instruction& in) -> Action { return in.type.bits == 32 ? bits_of<uint32_t> : bits_of<uint64_t>; }},
-    {"brev",
-     [](const Instruction& in) -> Action { return in.type.bits == 32 ? reverse<uint32_t> : reverse<uint64_t>; }},
     {"selp", [](const Instruction& in) { return select_of(in.type); }},
     {"mov", [](const Instruction& in) { return move_of(in.type); }},
     {"cvta", [](const Instruction&) -> Action { return convert_address; }},
