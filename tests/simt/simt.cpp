@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <memory>
 #include <vector>
 
@@ -43,6 +45,12 @@ struct Warp {
   uint32_t syncs = 0;
 };
 
+// A copy to shared memory under way.
+struct Copy {
+  size_t offset, read, bytes;
+  const void* from;
+};
+
 // A CUDA thread.
 struct Lane : Thread {
   Block* of;
@@ -50,6 +58,7 @@ struct Lane : Thread {
   const char* waits_at = nullptr;
   size_t accesses = 0;  // to shared memory since its warp last met
   bool done = false;
+  std::deque<std::vector<Copy>> groups{1};  // of copies; the last one is still open
   Fiber fiber;
   explicit Lane(void (*entry)()) : fiber(entry) {}
 };
@@ -289,6 +298,28 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
       if (mask >> l & 1) state.ready.push_back(meeting.waiting[l]);
   }
   wait_at(name);
+}
+
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes) {
+  if (read > bytes)
+    fail("an asynchronous copy of " + std::to_string(read) + " bytes, at most " + std::to_string(bytes));
+  note_bank_access(offset, bytes);
+  std::memset(shared_memory().write(offset, bytes), 0xff, bytes);
+  self()->groups.back().push_back({offset, read, bytes, from});
+}
+
+void async_commit() { self()->groups.emplace_back(); }
+
+void async_wait(size_t pending) {
+  auto& groups = self()->groups;
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      auto* to = static_cast<unsigned char*>(shared_memory().write(copy.offset, copy.bytes));
+      if (copy.read) std::memcpy(to, copy.from, copy.read);
+      std::memset(to + copy.read, 0, copy.bytes - copy.read);
+    }
+    groups.pop_front();
+  }
 }
 
 SharedMemory& shared_memory() { return self()->of->shared; }

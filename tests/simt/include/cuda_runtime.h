@@ -115,7 +115,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
+using std::abs;
+using std::exp2;
+using std::log;
 using std::sqrt;
+using std::tanh;
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float __uint_as_float(unsigned bits) {
   float value;
