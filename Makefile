@@ -41,7 +41,9 @@ test: $(VENV)/test-build.stamp lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu-full: $(VENV)/test-build.stamp
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_budgets.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py \
+	  tests/test_cuda_attention.py tests/test_cuda_budgets.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -74,7 +75,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Lane>> lanes;
   Barrier barrier;
-  size_t running = 0;  // lanes that have not returned
+  bool vote = false, voted = false;  // so far; at the last barrier
+  size_t running = 0;                // lanes that have not returned
   explicit Block(size_t shared_bytes) : shared(shared_bytes) {}
 };
 
@@ -264,6 +266,14 @@ void block_barrier() {
   if (block.barrier.waiting.size() + 1 == block.running)
     for (Warp& warp : block.warps) settle_banks(warp);
   arrive(block.barrier, block.running, "__syncthreads");
+}
+
+bool block_any(bool vote) {
+  Block& block = *self()->of;
+  block.vote |= vote;
+  if (block.barrier.waiting.size() + 1 == block.running) block.voted = std::exchange(block.vote, false);
+  block_barrier();
+  return block.voted;
 }
 
 void grid_barrier() {

@@ -71,6 +71,7 @@ const std::string& last_error();
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch
 void block_barrier();
+bool block_any(bool vote);  // a barrier that tells whether anybody voted for it
 void grid_barrier();
 
 // The lanes of `mask` meet; each brings a value. The last to come runs `combine(values, mask)` for all, where

@@ -47,6 +47,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // ---- synchronisation and warps -----------------------------------------------------------------------------------
 
 inline void __syncthreads() { simt::block_barrier(); }
+inline int __syncthreads_or(int vote) { return simt::block_any(vote != 0); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::warp_meet(simt::kSyncWarp, mask, nullptr, [](void**, unsigned) {});
 }
@@ -116,7 +117,10 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 using std::abs;
+using std::exp;
 using std::exp2;
+using std::fma;
+using std::isfinite;
 using std::log;
 using std::sqrt;
 using std::tanh;
