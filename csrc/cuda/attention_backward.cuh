@@ -187,18 +187,18 @@ __device__ inline void write_mask(const AttentionBackward& p, int64_t of_head, i
   }
 }
 
-// Grid: tiles of the mask's keys, of its rows, its batches x heads.
+// Grid: the mask's batches x heads, tiles of its rows, of its keys.
 template <class T>
 __global__ void __launch_bounds__(kProductThreads, 1)
     attention_grad_mask_kernel(const AttentionBackward p, const Scores<Accumulate<T>> scores,
                                const Keep<Accumulate<T>> keep) {
   using A = Accumulate<T>;
   const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
-  const int64_t group = p.heads / p.kv_heads, of_head = blockIdx.z;
+  const int64_t group = p.heads / p.kv_heads, of_head = blockIdx.x;
   const int64_t batch = of_head / p.mask.heads, head = of_head % p.mask.heads;
   const bool all_batches = p.mask.batches == 1, all_heads = p.mask.heads == 1;
   const bool all_rows = p.mask.rows == 1, all_keys = p.mask.keys == 1;
-  const int64_t row_from = int64_t(blockIdx.y) * kTileRows, key_from = int64_t(blockIdx.x) * kTileKeys;
+  const int64_t row_from = int64_t(blockIdx.y) * kTileRows, key_from = int64_t(blockIdx.z) * kTileKeys;
   const uint64_t seed = keep.seed();
   const Shared<A> sums = ProductMemory<T>::weights();  // each thread its own, until the end
   const auto own = [&](int r, int c) { return (y + kSide * r) * kWeightPitch + x + kSide * c; };
@@ -206,11 +206,13 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   for (int r = 0; r < kOwn; ++r)
 #pragma unroll
     for (int c = 0; c < kOwn; ++c) sums[own(r, c)] = A(0);
-  for (int64_t b = all_batches ? 0 : batch; b < (all_batches ? p.batch : batch + 1); ++b) {
+  const int64_t first_batch = all_batches ? 0 : batch, end_batch = all_batches ? p.batch : batch + 1;
+  const int64_t first_head = all_heads ? 0 : head, end_head = all_heads ? p.heads : head + 1;
+  for (int64_t b = first_batch; b < end_batch; ++b) {
     const Entry e = entry_at(p, b);
     const int64_t end_row = all_rows || e.query_rows < row_from + kTileRows ? e.query_rows : row_from + kTileRows;
     const int64_t end_key = all_keys || e.key_rows < key_from + kTileKeys ? e.key_rows : key_from + kTileKeys;
-    for (int64_t h = all_heads ? 0 : head; h < (all_heads ? p.heads : head + 1); ++h)
+    for (int64_t h = first_head; h < end_head; ++h)
       for (int64_t i = row_from; i < end_row; i += kTileRows) {
         GradientRows<T> rows;
         rows.load(p, scores, e, [&](int r) { return RowPlace{h, i + r, i + r < end_row}; });
@@ -243,8 +245,9 @@ __global__ void __launch_bounds__(kSinkThreads) attention_grad_sinks_kernel(cons
   const int64_t head = blockIdx.x;
   const bool packed = p.device.query_starts.data != nullptr;
   const double sink = number_at<double>(p.device.sinks, head);
+  const int64_t rows = (packed ? 1 : p.batch) * p.total_rows;
   Sums<double> sums = {0, 0};
-  for (int64_t row = threadIdx.x; row < (packed ? 1 : p.batch) * p.total_rows; row += kSinkThreads) {
+  for (int64_t row = threadIdx.x; row < rows; row += kSinkThreads) {
     const int64_t index =
         packed ? head * p.total_rows + row : (row / p.total_rows * p.heads + head) * p.total_rows + row % p.total_rows;
     const double lse = double(load_global(static_cast<const A*>(p.lse) + index));

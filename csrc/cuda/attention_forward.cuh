@@ -25,6 +25,7 @@ struct ForwardTile {
   static constexpr int kThreads = 128;
   static constexpr int kChunks = W / 8;  // of 16 bytes, of a row
   static constexpr bool kHoldsQuery = W <= 128;
+  static constexpr int kHeld = kHoldsQuery ? W / 16 : 1;                                             // fragments of Q
   static constexpr int kQuery = 0, kKey = kTileRows * kChunks, kValue = kKey + 2 * kKeys * kChunks;  // in chunks
   static constexpr int kSharedBytes = 16 * (kValue + 2 * kKeys * kChunks);
 };
@@ -221,9 +222,9 @@ class WarpRows {
   __device__ void drop(float (&line)[kLine], int64_t index, Column column) {
 #pragma unroll
     for (int of = 0; of < 4; ++of) {
-      const uint4 words = keep_.words(seed_, index, column(of));
+      const uint4 words = shared_call(seed_, index, column(of));
 #pragma unroll
-      for (int n = of; n < kLine; n += 4) line[n] *= keep_.factor(words, column(n));
+      for (int n = of; n < kLine; n += 4) line[n] *= factor_of(keep_, words, column(n));
     }
   }
 
@@ -234,7 +235,7 @@ class WarpRows {
   int g_, t_;
   ScoreRow<float> row_[2];
   RunningRow<float> run_[2];
-  uint32_t q_[ForwardTile<W>::kHoldsQuery ? W / 16 : 1][4];
+  uint32_t q_[ForwardTile<W>::kHeld][4];
   float s_[kKeys / 8][4];
   float o_[W / 8][4];
 };

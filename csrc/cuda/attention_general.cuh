@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #pragma unroll
         for (int c = 0; c < kOwnColumns<A>; ++c) o.at(r, c) *= scale;
         if (keep.seed_address != nullptr) {
-          const uint4 words = keep.words(seed, row[r].index, column(0));
+          const uint4 words = shared_call(seed, row[r].index, column(0));
 #pragma unroll
-          for (int c = 0; c < kOwn; ++c) s[r][c] *= keep.factor(words, column(c));
+          for (int c = 0; c < kOwn; ++c) s[r][c] *= factor_of(keep, words, column(c));
         }
 #pragma unroll
         for (int c = 0; c < kOwn; ++c) weights[(y + kSide * r) * kWeightPitch + x + kSide * c] = s[r][c];

@@ -41,9 +41,9 @@ __device__ inline void gradient_tile(const AttentionBackward& p, const Scores<A>
   product_tile<T>(s, kQueryRows, kKeyRows, int(p.width));
   const auto drop = [&](int r, A(&line)[kOwn]) {
     if (keep.seed_address == nullptr) return;
-    const uint4 words = keep.words(seed, rows.row[r].index, column(0));
+    const uint4 words = shared_call(seed, rows.row[r].index, column(0));
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) line[c] *= keep.factor(words, column(c));
+    for (int c = 0; c < kOwn; ++c) line[c] *= factor_of(keep, words, column(c));
   };
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {

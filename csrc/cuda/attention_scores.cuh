@@ -6,8 +6,7 @@
 // Beside operands of 16 bits it is in units of log2, so that weights are powers of 2, which is what hardware computes;
 // where operands are exact it is natural, as a second unit costs roundings.
 #pragma once
-#include <device/philox.h>
-
+#include "attention_dropout.cuh"
 #include "attention_entry.cuh"
 
 namespace handtuned::cuda {

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 # Device code, and the family whose cases hunt its bugs (hunt.py); host code (launchers, plans) has no threads to lose.
@@ -29,6 +30,7 @@ FILES = {
     "norm_forward.cuh": "norm",
     "norm_rows.cuh": "norm",
     "attention_backward.cuh": "attention",
+    "attention_dropout.cuh": "attention",
     "attention_entry.cuh": "attention",
     "attention_forward.cuh": "attention",
     "attention_general.cuh": "attention",
@@ -103,6 +105,8 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         condition = text[match.end() : end]
         plant(match.end(), end, "predicate", condition, f"# || ({condition})")
     for match in TERNARY.finditer(code):
+        if "constexpr" in code[max(code.rfind(c, 0, match.start()) for c in ";{}") : match.start()]:
+            continue  # nothing that happens at run time
         plant(*match.span(1), "predicate", match[1], f"# || ({match[1]})")
     for match in FOR.finditer(code):
         condition = code[match.end() : closing(code, match.end())].split(";")[1]
@@ -113,7 +117,11 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         sign = "+" if bound[2] == "<" else "-"
         plant(begin, begin + len(condition), "bound", condition.strip(),
               f"{bound[1]} {bound[2]} {bound[3]} {sign} int(#)")  # fmt: skip
-    for begin, end, replacement in sorted(edits, reverse=True):
+    edits.sort()
+    for (_, end, what), (begin, _, _) in pairwise(edits):
+        if begin < end:
+            raise ValueError(f"{file}: a point within a point, {what}: give its condition a line of its own")
+    for begin, end, replacement in reversed(edits):
         text = text[:begin] + replacement + text[end:]
     return text, points
 

@@ -64,17 +64,6 @@ struct Keep {
   }
 
   __device__ A factor(unsigned flags, int i) const { return flags >> i & 1 ? scale : A(0); }
-
-  // For a thread whose columns are 16 apart: the call that those of one block of 128 share, and the factor of one.
-  __device__ uint4 words(uint64_t seed, int64_t row, int column) const {
-    return philox(uint32_t(16 * (column / 128) + column % 16), uint32_t(row), uint32_t(row >> 32), 0, seed);
-  }
-  __device__ A factor(const uint4& words, int column) const {
-    const int number = column / 16 % 8;
-    const uint32_t low = number & 2 ? words.y : words.x, high = number & 2 ? words.w : words.z;
-    const uint32_t word = number & 4 ? high : low;
-    return (word >> (number & 1 ? 16 : 0) & 0xffffu) >= threshold ? scale : A(0);
-  }
 };
 
 }  // namespace handtuned::cuda
