@@ -151,7 +151,7 @@ RUN = {"norm": run_norm, "attention": run_attention}
 def child(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic, said: int) -> None:
     """Never returns: the exit status says whether something was caught, and `said` takes the words."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the sanitizers' reports
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: others may be at work
     emulator.plant(mutant)
     try:
         RUN[family](emulator, expected)
