@@ -101,38 +101,41 @@ inline void multiply(int64_t rows, int64_t vectors, Broadcast<E> b, const T* a, 
 }
 
 // Dot products for few rows of A, where lanes along rows would stand empty: lanes run along the width, and L sums at a
-// time, of R rows with L / R rows of B, are added up by one transposition.
-//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C's rows c_row apart
-// B's rows come from memory, once, so they are read whole, one after the other, and asked for kAhead bytes before.
-template <class A, int R, class T>
-__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width, A* c,
-                                             int64_t c_row) {
-  constexpr int L = kLanes<A>, K = L / R, kAhead = 65536;
+// time, of R rows with L / R rows of B, are added up side by side.
+//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C [n][R]
+// B's rows come from memory, once, so they are read whole, one after the other; where the hardware does not foresee
+// that, they are asked for Ahead bytes before.
+template <class A, int R, int Ahead, class T>
+__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width,
+                                             A* c) {
+  constexpr int L = kLanes<A>, K = L / R, N = K > 1 ? 2 : 1;  // N rows of B at a time
   const int64_t whole = width / L * L;
   for (int64_t j = 0; j < n; j += K) {
     vec<A> sum[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < K; ++i) {
-      const T* row = b.data + (j + i < n ? j + i : n - 1) * b.row;
-      vec<A> own[R] = {};
-      auto add = [&](vec<A> element, int64_t k) HT_LAMBDA {
+    for (int i = 0; i < K; i += N) {
+      const T* row[N];
+      vec<A> own[N][R] = {};
+      for (int u = 0; u < N; ++u) row[u] = b.data + least(j + i + u, n - 1) * b.row;
+      auto add = [&](int64_t k, auto part_of) HT_LAMBDA {
+        vec<A> element[N];
+        for (int u = 0; u < N; ++u) element[u] = part_of(row[u] + k);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) own[r] += element * load(a + r * pitch + k);
+        for (int r = 0; r < R; ++r) {
+          const vec<A> column = load(a + r * pitch + k);
+          for (int u = 0; u < N; ++u) own[u][r] += element[u] * column;
+        }
       };
       for (int64_t k = 0; k < whole; k += L) {
-        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead);
-        add(load(row + k), k);
+        for (int u = 0; Ahead && k * sizeof(T) % 64 == 0 && u < N; ++u)
+          __builtin_prefetch(reinterpret_cast<const char*>(row[u] + k) + Ahead);
+        add(k, [](const T* p) HT_LAMBDA { return load(p); });
       }
-      if (whole < width) add(load_first(row + whole, width - whole), whole);
+      if (whole < width) add(whole, [&](const T* p) HT_LAMBDA { return load_first(p, width - whole); });
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[i * R + r] = own[r];
+      for (int at = 0; at < N * R; ++at) sum[i * R + at] = own[at / R][at % R];
     }
-    transpose<A>(sum);
-    vec<A> total = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) total += sum[i];
-    for (int i = 0; i < K && j + i < n; ++i)
-      for (int r = 0; r < R; ++r) c[(j + i) * c_row + r] = total[i * R + r];
+    store_first(c + j * R, sum_each<A>(sum), (n - j) * R);
   }
 }
 

@@ -60,6 +60,7 @@ void linear_few_rows(const LinearForward& p, int64_t first) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>, kColumns = kLinearPanel;
   constexpr int64_t kBlock = 4096 / R;  // numbers of x's rows that are used at a time, so that they stay in L1
+  constexpr int kAhead = 65536;         // bytes
   const int64_t pitch = (p.in + L - 1) / L * L, rows = least(R, p.rows - first);
   Scratch<A> x(R * pitch);
   __builtin_memset(x.data, 0, R * pitch * sizeof(A));
@@ -72,8 +73,8 @@ void linear_few_rows(const LinearForward& p, int64_t first) {
     const int64_t column = piece * kColumns, n = least(kColumns, p.out - column);
     const T* weight = static_cast<const T*>(p.weight) + column * p.weight_row;
     for (int64_t k = 0; k < p.in; k += kBlock) {
-      multiply_dots<A, R>(n, Broadcast<T>{weight + k, p.weight_row, 1}, x.data + k, pitch, least(kBlock, p.in - k),
-                          dots[0], R);
+      multiply_dots<A, R, kAhead>(n, Broadcast<T>{weight + k, p.weight_row, 1}, x.data + k, pitch,
+                                  least(kBlock, p.in - k), dots[0]);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t r = 0; r < R; ++r) sums[r][i] += dots[i][r];
     }

@@ -185,6 +185,22 @@ HT_INLINE void transpose(vec<A>* rows) {
   }
 }
 
+// Lane i is the sum of rows[i]'s lanes, of one vector a row. Of each exchange of a transposition only the sum is kept.
+template <class A, int Step = 1>
+HT_INLINE vec<A> sum_each(vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  if constexpr (Step == L) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2 * Step) {
+      exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
+      rows[i] += rows[i + Step];
+    }
+    return sum_each<A, 2 * Step>(rows);
+  }
+}
+
 // Lane i of the product is the 64-bit product of the low 32 bits of lane i of a and b.
 HT_INLINE u64 multiply_low32(u64 a, u64 b) {
 #if defined(HT_AVX512)
