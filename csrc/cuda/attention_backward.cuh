@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   do {
     o.clear();
     for (int64_t first = keys.begin; first < keys.end; first += kTileKeys) {
-      __syncthreads();  // the tables are free
       fill_key_tables<T>(p, tile.e, kv_head, first, keys.end);
       A s[kOwn][kOwn];
       gradient_tile<T>(p, scores, keep, seed, rows, int(first), Wanted::of_product, s);
@@ -108,7 +107,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         const auto place_of = [&](int r) { return RowPlace{h, i + r, i + r < end_row}; };
         GradientRows<T> rows;
         rows.load(p, scores, e, place_of);
-        __syncthreads();  // the tables are free
         for (int which = 0; which < 2; ++which) {
           const AttentionTensor& t = which == 0 ? p.query : p.grad_output;
           fill_table<T>(which == 0 ? kQueryRows : kGradRows,
@@ -217,7 +215,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         GradientRows<T> rows;
         rows.load(p, scores, e, [&](int r) { return RowPlace{h, i + r, i + r < end_row}; });
         for (int64_t j = key_from; j < end_key; j += kTileKeys) {
-          __syncthreads();  // the tables are free
           fill_key_tables<T>(p, e, h / group, j, end_key);
           for (int which = 0; which < 2; ++which) {
             const AttentionTensor& t = which == 0 ? p.query : p.grad_output;

@@ -166,7 +166,6 @@ class WarpRows {
   // O / l and the lse. O takes its rows' place in Q's tile, so that rows are stored 16 bytes at a time.
   __device__ void write(const RowTile& tile, int64_t kv_head, Shared<uint4> query, bool wide) {
     const Shared<uint32_t> pairs = shared<uint32_t>(0);  // of Q's tile
-    __syncwarp();                                        // the warp's other lanes are done with its Q
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       RunningRow<float>& run = run_[half];
@@ -301,8 +300,7 @@ __global__ void __launch_bounds__(ForwardTile<W>::kThreads)
       if (!idle && !careful) rows.weigh_values(shared<uint4>(16 * (Tile::kValue + at)));
       buffer = 1 - buffer;
     }
-    cp_async_wait<0>();
-    __syncthreads();  // where there was no key, Q may still be coming to where O goes
+    cp_async_wait<0>();  // where there was no key, Q may still be coming to where O goes
   } while (starts_again(careful, idle || rows.finite()));
   if (idle) return;
   if (plan.chunks > 1) {

@@ -63,7 +63,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       run[r].start(p, scores, tile.e, row_place(p, tile, kv_head, y + kSide * r), chunk == 0, x == 0);
     for (int64_t first = keys.begin; first < keys.end; first += kTileKeys) {
       const auto column = [&](int c) { return int(first) + x + kSide * c; };
-      __syncthreads();  // the tables are free
       fill_key_tables<T>(p, tile.e, kv_head, first, keys.end);
       A s[kOwn][kOwn];
       product_tile<T>(s, kQueryRows, kKeyRows, int(p.width));

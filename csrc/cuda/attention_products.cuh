@@ -39,7 +39,8 @@ struct ProductMemory {
   __device__ static Shared<A> weights() { return shared<A>(kWeights); }
 };
 
-// A table of kTileRows addresses; row_of(r) may be nullptr, and the row is then 0. A barrier must follow.
+// A table of kTileRows addresses; row_of(r) may be nullptr, and the row is then 0. A barrier must follow. None need
+// come before: whoever reads a table does so before the last barrier of product_tile or accumulate_tile.
 template <class T, class RowOf>
 __device__ inline void fill_table(int which, RowOf row_of) {
   const int r = int(threadIdx.x);

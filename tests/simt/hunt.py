@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def run_attention(emulator: simt_tools.Emulator, expected: Traffic | None) -> Tr
         compare_traffic(emulator, case.name, expected, found)
     for case in HIDING:
         nobody_sees_nan(case)
+    numbers_beyond_their_limits()
     return found
 
 
@@ -141,6 +143,23 @@ def nobody_sees_nan(case: ac.Case) -> None:
     for name, tensor in ac.results(case, t).items():
         error = (tensor - clean[name]).abs().max()
         assert error <= 8 * torch.finfo(tensor.dtype).eps * clean[name].abs().max(), f"{case.name}: {name}: NaN"
+
+
+def numbers_beyond_their_limits() -> None:
+    """What they give is wrong; the sanitizers see that it is made of nothing but the tensors."""
+    t = ac.tensors(ac.PACKED)
+    assert t.query_starts is not None
+    assert t.key_starts is not None
+    for at, number in ((0, -9), (-1, 10**6)):
+        starts = [t.query_starts.clone(), t.key_starts.clone()]
+        for each in starts:
+            each[at] = number
+        ac.results(ac.PACKED, replace(t, query_starts=starts[0], key_starts=starts[1]))
+    query, pages = torch.randn(1, 2, 1, 8), torch.randn(3, 2, 4, 8)
+    for page in (-4, 99):
+        table, lengths = torch.tensor([[page, 1]]), torch.tensor([7])
+        options = (None, None, 1.0, False, -1, -1, 0.0, 0.0, None)
+        handtuned.ops.attention(query, pages, pages, None, None, None, lengths, table, *options)
 
 
 # ---- the hunt --------------------------------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ void thread_main() {
   Lane* lane = self();
   lane->fiber.started();
   (*state.body)();
+  for (const auto& group : lane->groups)
+    if (!group.empty()) fail("a thread returned while copies to shared memory were under way");
   lane->done = true;
   Block& block = *lane->of;
   --state.running;
