@@ -7,7 +7,7 @@
 // of copies of their own.
 //
 //   shared memory   Q [64, W], K [2, kKeys, W], V [2, kKeys, W], swizzled (attention_tile.cuh); O takes Q's place
-//   registers       of a thread: S 2 rows x kKeys / 4, O 2 rows x W / 4, Q's fragments where W <= 128
+//   registers       of a thread: S 2 rows x kKeys / 4, O 2 rows x W / 4, Q's fragments where W is 64
 //
 //   per tile:  K is there | barrier | start the next K, V | S = Q K^T | V is there | softmax | barrier | O += P V
 //
@@ -24,7 +24,7 @@ struct ForwardTile {
   static constexpr int kKeys = W <= 128 ? 64 : 32;
   static constexpr int kThreads = 128;
   static constexpr int kChunks = W / 8;  // of 16 bytes, of a row
-  static constexpr bool kHoldsQuery = W <= 128;
+  static constexpr bool kHoldsQuery = W <= 64;
   static constexpr int kHeld = kHoldsQuery ? W / 16 : 1;                                             // fragments of Q
   static constexpr int kQuery = 0, kKey = kTileRows * kChunks, kValue = kKey + 2 * kKeys * kChunks;  // in chunks
   static constexpr int kSharedBytes = 16 * (kValue + 2 * kKeys * kChunks);
@@ -242,7 +242,7 @@ class WarpRows {
 // Grid: row tiles, kv heads, chunks of keys. wide: every row of query, key, value and output begins at a multiple of 16
 // bytes.
 template <class T, int W>
-__global__ void __launch_bounds__(ForwardTile<W>::kThreads)
+__global__ void __launch_bounds__(ForwardTile<W>::kThreads, 2)
     attention_forward_kernel(const AttentionForward p, const Scores<float, Units::log2> scores, const Keep<float> keep,
                              const AttentionPlan plan, bool wide) {
   using Tile = ForwardTile<W>;

@@ -9,7 +9,7 @@ constexpr int kMergeWarps = 4;
 
 // Grid: row tiles, kv heads, shares of a tile's rows. A warp takes a row.
 template <class T, Units U>
-__global__ void __launch_bounds__(kWarp* kMergeWarps)
+__global__ void __launch_bounds__(kWarp* kMergeWarps, 1)
     attention_merge_kernel(const AttentionForward p, const Scores<Accumulate<T>, U> scores, const AttentionPlan plan) {
   using A = Accumulate<T>;
   const RowTile tile = row_tile(p, plan, blockIdx.x);
