@@ -20,6 +20,9 @@ CHECKED = FOLDER / "libhandtuned_simt_checked.so"  # with sanitizers and mutatio
 SCHEDULES = {"random": 0, "forward": 1, "backward": 2, "warp_greedy": 3}
 
 
+running = False  # whether the emulator serves the ops now
+
+
 class Counts(ctypes.Structure):
     """What launches did since the last reset; the fields of simt::Counts."""
 
@@ -83,11 +86,14 @@ def require(path: Path) -> Path:
 @contextmanager
 def emulated(schedule: str = "forward", seed: int = 0, path: Path = LIBRARY) -> Iterator[Emulator]:
     """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator."""
+    global running
     emulator = Emulator(require(path))
     emulator.schedule(schedule, seed)
     emulator.reset()
     _C.emulate_cuda(str(path))
+    running = True
     try:
         yield emulator
     finally:
+        running = False
         _C.emulate_cuda("")

@@ -16,7 +16,8 @@ int capability(int device) {
 
 const char* error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-const CudaKernels table = {HANDTUNED_VERSION, 80, &capability, &error, &norm_forward, &norm_backward};
+const CudaKernels table = {
+    HANDTUNED_VERSION, 80, &capability, &error, &norm_forward, &norm_backward, &attention_forward, &attention_backward};
 
 }  // namespace
 }  // namespace handtuned::cuda

@@ -8,6 +8,8 @@ namespace handtuned {
 
 struct NormForward;
 struct NormBackward;
+struct AttentionForward;
+struct AttentionBackward;
 
 struct CudaKernels {
   const char* version;            // of handtuned: the skin's and the library's Params are one
@@ -16,6 +18,8 @@ struct CudaKernels {
   const char* (*error)(int status);
   int (*norm_forward)(const NormForward&, int device, void* stream);
   int (*norm_backward)(const NormBackward&, int device, void* stream);
+  int (*attention_forward)(const AttentionForward&, int device, void* stream);
+  int (*attention_backward)(const AttentionBackward&, int device, void* stream);
 };
 
 }  // namespace handtuned

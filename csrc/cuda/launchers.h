@@ -6,5 +6,7 @@ namespace handtuned::cuda {
 
 int norm_forward(const NormForward&, int device, void* stream);
 int norm_backward(const NormBackward&, int device, void* stream);
+int attention_forward(const AttentionForward&, int device, void* stream);
+int attention_backward(const AttentionBackward&, int device, void* stream);
 
 }  // namespace handtuned::cuda

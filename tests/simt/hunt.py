@@ -1,6 +1,6 @@
-"""Runs the norm kernels in the library with sanitizers and mutation points, and says which planted bugs were caught.
+"""Runs a family's kernels in the library with sanitizers and mutation points, and says which planted bugs were caught.
 
-    LD_PRELOAD='libasan.so libstdc++.so' python hunt.py LIBRARY NUMBER...        -1: nothing is planted
+    LD_PRELOAD='libasan.so libstdc++.so' python hunt.py LIBRARY FAMILY NUMBER...        -1: nothing is planted
 
 Prints a line of JSON a mutant: its number, and what caught it (null if nothing did). Each mutant runs in a forked
 child, so that a sanitizer's abort, a segmentation fault or an endless loop ends the child alone.
@@ -12,11 +12,14 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import attention_cases as ac
+import attention_numerics as an
 import cases
 import numerics
 import simt_tools
@@ -25,16 +28,19 @@ import torch
 import handtuned
 
 SECONDS = 60  # of a mutant; whole runs take about two
-F64, BF16 = torch.float64, torch.bfloat16
+Traffic = dict[str, list[int]]  # of each case, bytes loaded and stored
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 LAYER, RMS, ADD_LAYER, ADD_RMS = cases.FORMS
 DROP_LAYER, DROP_RMS = cases.DROPOUTS
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
 
 # Few and small, but every branch of every kernel: packs and elements, short rows and rows of several warps, rows held
 # in registers, in shared memory and nowhere, every option and its absence.
 CASES = (
     DROP_LAYER.with_(shape=(35, 72)),
     DROP_LAYER.with_(shape=(3, 1337), dtype=BF16, weight_dtype=torch.float32),
-    DROP_RMS.with_(shape=(5, 136), dtype=torch.float16, layout="sliced"),
+    DROP_RMS.with_(shape=(5, 136), dtype=F16, layout="sliced"),
     LAYER.with_(shape=(37, 20)),
     LAYER.with_(shape=(9, 1, 1100), dtype=BF16),
     LAYER.with_(shape=(3, 2, 3, 2, 33), affine="none", layout="permuted"),
@@ -60,9 +66,9 @@ def partial_gradients() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def run(emulator: simt_tools.Emulator, expected: dict[str, Any] | None) -> dict[str, Any]:
+def run_norm(emulator: simt_tools.Emulator, expected: Traffic | None) -> Traffic:
     """Raises at the first wrong result; with `expected`, also where memory was touched more or less often."""
-    found: dict[str, Any] = {}
+    found: Traffic = {}
     for case in CASES:
         emulator.reset()
         d = numerics.drawn(case, 0)
@@ -77,31 +83,108 @@ def run(emulator: simt_tools.Emulator, expected: dict[str, Any] | None) -> dict[
                 entry.add(tensor, d.torchs[name], d.truth[name])
             excess = entry.excess()
             assert not excess, f"{case.name}: {name}: {excess}"
-        traffic = [emulator.counts.bytes_loaded, emulator.counts.bytes_stored]
-        assert expected is None or traffic == expected[case.name], f"{case.name}: other memory traffic"
-        found[case.name] = traffic
+        compare_traffic(emulator, case.name, expected, found)
     partial_gradients()
     return found
 
 
-def child(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any], said: int) -> None:
+def compare_traffic(emulator: simt_tools.Emulator, name: str, expected: Traffic | None, found: Traffic) -> None:
+    traffic = [emulator.counts.bytes_loaded, emulator.counts.bytes_stored]
+    assert expected is None or traffic == expected[name], f"{name}: other memory traffic"
+    found[name] = traffic
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+# Every option, on tensor cores and without them; tiles and chunks of keys more than one, and none; what nobody sees.
+ATTENTION_CASES = (
+    ac.ALL.with_(dtype=BF16),
+    ac.ALL_PACKED,
+    ac.PACKED.with_(dtype=F16, causal=True, layout="rows_of_heads"),
+    ac.PACKED.with_(packed=((3,), (0,))),
+    ac.PACKED.with_(packed=((1,) * 35 + (70,), (2,) * 35 + (66,)), shape=(36, 2, 0, 0, 8), kv_heads=1),
+    ac.Case((1, 1, 150, 140, 72), dtype=BF16, causal=True, alignment="bottom_right"),
+    ac.Case((1, 2, 70, 130, 40), window=(30, 5), softcap=2.0, mask="add", mask_dims="h11", alibi="h"),
+    ac.Case((1, 1, 66, 70, 130), value_width=140, dropout=0.3, dtype=BF16),
+    ac.Case((1, 2, 5, 3, 6), value_width=131, mask="add_inf", mask_dims="qk", dtype=F64),
+    ac.Case((1, 4, 1, 600, 33), kv_heads=2, sinks=F32, dtype=F16),
+    ac.Case((1, 2, 3, 600, 16), mask="add", mask_dims="1k", dropout=0.2),
+    ac.Case((2, 2, 70, 9, 16), mask="add", mask_dims="q1", mask_dtype=F32, dtype=F16, window=(-1, 2)),
+)
+
+
+def run_attention(emulator: simt_tools.Emulator, expected: Traffic | None) -> Traffic:
+    found: Traffic = {}
+    for case in ATTENTION_CASES:
+        emulator.reset()
+        d = an.drawn(case, 0)
+        numerics.draw_seed(0)
+        an.check_every_element(case, ac.results(case, d.tensors), d.truth)
+        compare_traffic(emulator, case.name, expected, found)
+    for case in HIDING:
+        nobody_sees_nan(case)
+    numbers_beyond_their_limits()
+    return found
+
+
+HIDING = tuple(
+    ac.Case((1, 1, 20, keys, 16), causal=True, window=3, alignment="bottom_right", dtype=dtype)
+    for keys, dtype in ((90, BF16), (90, F32), (600, F16))
+)
+
+
+def nobody_sees_nan(case: ac.Case) -> None:
+    """Keys and values that no query sees, in tiles that some do see, may hold anything."""
+    t = ac.tensors(case)
+    clean = ac.results(case, t)
+    hidden = ~an.visible(case, None, 0).any(1)[0]
+    for tensor in (t.key, t.value):
+        tensor[:, :, hidden] = torch.nan
+    for name, tensor in ac.results(case, t).items():
+        error = (tensor - clean[name]).abs().max()
+        assert error <= 8 * torch.finfo(tensor.dtype).eps * clean[name].abs().max(), f"{case.name}: {name}: NaN"
+
+
+def numbers_beyond_their_limits() -> None:
+    """What they give is wrong; the sanitizers see that it is made of nothing but the tensors."""
+    t = ac.tensors(ac.PACKED)
+    assert t.query_starts is not None
+    assert t.key_starts is not None
+    for at, number in ((0, -9), (-1, 10**6)):
+        starts = [t.query_starts.clone(), t.key_starts.clone()]
+        for each in starts:
+            each[at] = number
+        ac.results(ac.PACKED, replace(t, query_starts=starts[0], key_starts=starts[1]))
+    query, pages = torch.randn(1, 2, 1, 8), torch.randn(3, 2, 4, 8)
+    for page in (-4, 99):
+        table, lengths = torch.tensor([[page, 1]]), torch.tensor([7])
+        options = (None, None, 1.0, False, -1, -1, 0.0, 0.0, None)
+        handtuned.ops.attention(query, pages, pages, None, None, None, lengths, table, *options)
+
+
+# ---- the hunt --------------------------------------------------------------------------------------------------------
+
+RUN = {"norm": run_norm, "attention": run_attention}
+
+
+def child(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic, said: int) -> None:
     """Never returns: the exit status says whether something was caught, and `said` takes the words."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the sanitizers' reports
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: others may be at work
     emulator.plant(mutant)
     try:
-        run(emulator, expected)
+        RUN[family](emulator, expected)
     except Exception as error:
         os.write(said, " ".join(str(error).split())[:200].encode())
         os._exit(3)
     os._exit(0)
 
 
-def hunt(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any]) -> str | None:
+def hunt(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic) -> str | None:
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
-        child(emulator, mutant, expected, writing)
+        child(family, emulator, mutant, expected, writing)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         words = pipe.read()
@@ -116,9 +199,10 @@ def hunt(emulator: simt_tools.Emulator, mutant: int, expected: dict[str, Any]) -
 def main() -> None:
     torch.set_num_threads(1)
     with simt_tools.emulated("random", 1, Path(sys.argv[1])) as emulator:
-        expected = run(emulator, None)
-        for mutant in map(int, sys.argv[2:]):
-            print(json.dumps({"mutant": mutant, "caught": hunt(emulator, mutant, expected)}), flush=True)
+        family = sys.argv[2]
+        expected = RUN[family](emulator, None)
+        for mutant in map(int, sys.argv[3:]):
+            print(json.dumps({"mutant": mutant, "caught": hunt(family, emulator, mutant, expected)}), flush=True)
 
 
 if __name__ == "__main__":

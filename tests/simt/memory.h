@@ -92,6 +92,7 @@ class Shared {
   Shared operator+(I i) const {
     return Shared(offset_ + size_t(i) * sizeof(T));
   }
+  size_t offset() const { return offset_; }
 
  private:
   size_t offset_;

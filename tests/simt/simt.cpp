@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -44,6 +47,12 @@ struct Warp {
   char places[2];  // as a Barrier's
 };
 
+// A copy to shared memory under way.
+struct Copy {
+  size_t offset, read, bytes;
+  const void* from;
+};
+
 // A CUDA thread.
 struct Lane : Thread {
   Block* of;
@@ -51,6 +60,7 @@ struct Lane : Thread {
   const char* waits_at = nullptr;
   size_t accesses = 0;  // to shared memory since its warp last met
   bool done = false;
+  std::deque<std::vector<Copy>> groups{1};  // of copies; the last one is still open
   Fiber fiber;
   explicit Lane(void (*entry)()) : fiber(entry) {}
 };
@@ -67,7 +77,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Lane>> lanes;
   Barrier barrier;
-  size_t running = 0;  // lanes that have not returned
+  bool vote = false, voted = false;  // so far; at the last barrier
+  size_t running = 0;                // lanes that have not returned
   explicit Block(size_t shared_bytes) : shared(shared_bytes) {}
 };
 
@@ -156,6 +167,8 @@ void settle_banks(Warp& warp) {
 
 void end_of_thread(Lane& lane) {
   const Ignored ours;
+  for (const auto& group : lane.groups)
+    if (!group.empty()) fail("a thread returned while copies to shared memory were under way");
   lane.done = true;
   Block& block = *lane.of;
   --state.running;
@@ -172,6 +185,7 @@ void thread_main() {
   end_of_thread(*lane);
   lane->fiber.suspend();
 }
+
 void add_block(const Launch& what, Index index) {
   state.blocks.push_back(std::make_unique<Block>(what.shared_bytes));
   Block& block = *state.blocks.back();
@@ -268,6 +282,15 @@ void block_barrier() {
   arrive(block.barrier, block.running, "__syncthreads");
 }
 
+bool block_any(bool vote) {
+  const Ignored ours;
+  Block& block = *self()->of;
+  block.vote |= vote;
+  if (block.barrier.waiting.size() + 1 == block.running) block.voted = std::exchange(block.vote, false);
+  block_barrier();
+  return block.voted;
+}
+
 void grid_barrier() {
   const Ignored ours;
   if (!state.cooperative) fail("a grid barrier in a launch that is not cooperative");
@@ -299,12 +322,39 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
     meeting.arrived = 0;
     combine(meeting.values, mask);
     settle_banks(warp);
-    if (name == kSyncWarp) ++warp.syncs;
+    if (std::strcmp(name, kSyncWarp) == 0) ++warp.syncs;  // sanitizers leave a literal in each file
     for (int l = 0; l < kWarp; ++l)
       if (mask >> l & 1) state.ready.push_back(meeting.waiting[l]);
   }
   wait_at(name);
   if (name == kSyncWarp) observe(place);
+}
+
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes) {
+  const Ignored ours;
+  if (read > bytes)
+    fail("an asynchronous copy of " + std::to_string(read) + " bytes, at most " + std::to_string(bytes));
+  note_bank_access(offset, bytes);
+  std::memset(shared_memory().write(offset, bytes), 0xff, bytes);
+  self()->groups.back().push_back({offset, read, bytes, from});
+}
+
+void async_commit() {
+  const Ignored ours;
+  self()->groups.emplace_back();
+}
+
+void async_wait(size_t pending) {
+  const Ignored ours;
+  auto& groups = self()->groups;
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      auto* to = static_cast<unsigned char*>(shared_memory().write(copy.offset, copy.bytes));
+      if (copy.read) std::memcpy(to, copy.from, copy.read);
+      std::memset(to + copy.read, 0, copy.bytes - copy.read);
+    }
+    groups.pop_front();
+  }
 }
 
 SharedMemory& shared_memory() { return self()->of->shared; }

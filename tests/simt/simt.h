@@ -1,7 +1,8 @@
 // The emulator's interface. CUDA sources, unchanged, are compiled by g++ against include/, whose headers turn CUDA's
 // names into calls of these functions; simt.cpp runs a launch with every CUDA thread as a fiber of one host thread.
 //
-//   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h, and device/intrinsics.h in place of the kernels' own
+//   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h; in place of the kernels' own, the headers of device/ that
+//                 hold PTX or touch memory
 //   fiber.*       a stack and a switch
 //   simt.cpp      blocks, schedules, barriers, warp collectives
 //   memory.*      shared memory that remembers who touched it; accesses to global memory, counted and checked
@@ -76,6 +77,7 @@ extern Elsewhere elsewhere;
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch
 void block_barrier();
+bool block_any(bool vote);  // a barrier that tells whether anybody voted for it
 void grid_barrier();
 
 // The lanes of `mask` meet; each brings a value. The last to come runs `combine(values, mask)` for all, where
@@ -83,6 +85,12 @@ void grid_barrier();
 using Combine = void (*)(void** values, unsigned mask);
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine);
 inline const char* const kSyncWarp = "__syncwarp";  // the one meeting that orders memory
+
+// Copies to shared memory that the thread does not wait for: `read` bytes from `from`, then zeros, `bytes` in all. The
+// target is NaN until the thread waits for the copy's group.
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes);
+void async_commit();              // ends a group
+void async_wait(size_t pending);  // for all groups but the last `pending`
 
 // ---- mutations ---------------------------------------------------------------------------------------------------
 
