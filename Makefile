@@ -1,7 +1,9 @@
 # Everything from a bare clone: python3, gcc, make and a package registry are enough.
 #   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
 #   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
-#   make test-gpu-full   every planted bug in the CUDA kernels and every architecture, of which `make test` runs a sample
+#   make test-gpu-full   every planted bug in the CUDA kernels, every architecture, and every case and tile of attention
+#                        in Triton, of which `make test` runs a sample
+#   make gpu-check   on a machine with a GPU: kernels checked and timed there, one JSON and one page  (ARGS="--dry-run")
 #   make bench     the benchmark tables          make bench-report   the page made of them
 
 PYTHON ?= python3
@@ -12,9 +14,9 @@ ARGS ?=
 export HF_HUB_OFFLINE = 1
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
-CPP := $(shell find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build compare test test-gpu-full lint format bench bench-report clean
+.PHONY: build compare test test-gpu-full gpu-check lint format bench bench-report clean
 
 $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,7 +30,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 
 # The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
 # kernels for the emulator in tests/simt.
-$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt -type f -not -name '*.pyc')
+$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
@@ -41,8 +43,15 @@ test: $(VENV)/test-build.stamp lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu-full: $(VENV)/test-build.stamp
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_rnn.py \
-	  tests/test_cuda_budgets.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py \
+		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_budgets.py tests/test_ptx_norm.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
+	HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1 $(BIN)/python -m pytest tests/test_triton_attention.py \
+		tests/test_triton_attention_budgets.py
+
+# The test build, because results are compared with the emulator's.
+gpu-check: $(VENV)/test-build.stamp
+	PYTHONPATH=tests $(BIN)/python -m bench.gpu_check $(ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(BIN)/ruff check .

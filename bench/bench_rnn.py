@@ -81,6 +81,7 @@ def _variants() -> list[Op]:
         "coupled": {"coupled_gates": True},
         "peepholes": {"peepholes": True},
         "zoneout": {"zoneout": 0.1, "cell_zoneout": 0.1},
+        "layer norm": {"layer_norm": True},
         "cell states": {"return_cell_states": True},
     }
     both = forward | {"state dropout": {"recurrent_dropout": 0.2}, "weight dropout": {"weight_dropout": 0.2}}

@@ -1,5 +1,5 @@
 // The recurrent cells: one struct each, its maths alone, on vectors of hidden units (CPU) or on one (CUDA). HT_INLINE,
-// sigmoid and tanh are those of whoever includes it: cpu/math.h or cuda/rnn_cells.cuh.
+// sigmoid, tanh and clamp are those of whoever includes it: cpu/math.h or cuda/rnn_cells.cuh.
 //
 //   p       which functions the gates are: Plain or Variant
 //   x, s    W_x x_t + b_x and W_h h + b_h, a vector of each gate
@@ -24,7 +24,7 @@ V number_of(...);
 // What gates are made of: as torch has them.
 template <class V>
 struct Plain {
-  static constexpr bool kPlain = true;
+  static constexpr bool kPlain = true, kNormalises = false;
 
   HT_INLINE V sigmoid(V x) const { return HANDTUNED_ISA::sigmoid(x); }
   HT_INLINE V tanh(V x) const { return HANDTUNED_ISA::tanh(x); }
@@ -33,12 +33,15 @@ struct Plain {
   HT_INLINE V tanh_slope(V y) const { return 1 - y * y; }
   // What gate k sees of the cell state.
   HT_INLINE V peep(int, V) const { return V{}; }
+  // What o multiplies of the new cell state, and c's gradient from that of tanh's argument.
+  HT_INLINE V bend(V c) const { return tanh(c); }
+  HT_INLINE V unbend(V d) const { return d; }
 };
 
 // As options say, alike for all units but for the peepholes.
 template <class V>
 struct Variant {
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kNormalises = false;
   using A = decltype(number_of<V>(0));
 
   bool hard_sigmoid, hard_tanh, peepholes;
@@ -54,12 +57,20 @@ struct Variant {
     return hard_tanh ? ((y > -1) & (y < 1) ? V{} + 1 : V{}) : Plain<V>().tanh_slope(y);
   }
   HT_INLINE V peep(int k, V c) const { return peepholes ? peephole[k] * c : V{}; }
+  HT_INLINE V bend(V c) const { return tanh(c); }
+  HT_INLINE V unbend(V d) const { return d; }
+};
 
- private:
-  HT_INLINE static V clamp(V x, A low, A high) {
-    x = x < low ? V{} + low : x;
-    return x > high ? V{} + high : x;
-  }
+// The same where the new cell state is normalised before its tanh. For that all of its units must be known, so both are
+// found outside and put in.
+template <class V>
+struct Normalised : Variant<V> {
+  static constexpr bool kNormalises = true;
+
+  V bent, unbent;
+
+  HT_INLINE V bend(V) const { return bent; }
+  HT_INLINE V unbend(V) const { return unbent; }
 };
 
 // Long short-term memory (Hochreiter & Schmidhuber 1997; Gers et al. 2000; peepholes: Gers & Schmidhuber 2000)
@@ -76,20 +87,20 @@ struct Lstm {
     c = f * c + i * g;
     const V o = p.sigmoid(x[3] + s[3] + p.peep(2, c));
     keep[0] = i, keep[1] = f, keep[2] = g, keep[3] = o;
-    return o * p.tanh(c);
+    return o * p.bend(c);
   }
 
   HT_INLINE static V next_cell(const V (&kept)[5], V c) { return kept[1] * c + kept[0] * kept[2]; }
   template <class P>
   HT_INLINE static V output(const P& p, const V (&kept)[5], V c) {
-    return kept[3] * p.tanh(next_cell(kept, c));
+    return kept[3] * p.bend(next_cell(kept, c));
   }
 
   template <class P>
   HT_INLINE static V back(const P& p, const V (&kept)[5], V c, V dh, V& dc, V (&d)[4]) {
-    const V i = kept[0], f = kept[1], g = kept[2], o = kept[3], y = p.tanh(next_cell(kept, c));
+    const V i = kept[0], f = kept[1], g = kept[2], o = kept[3], y = p.bend(next_cell(kept, c));
     d[3] = dh * y * p.sigmoid_slope(o);
-    const V inside = dc + dh * o * p.tanh_slope(y) + p.peep(2, d[3]);
+    const V inside = dc + p.unbend(dh * o * p.tanh_slope(y)) + p.peep(2, d[3]);
     d[0] = inside * g * p.sigmoid_slope(i);
     d[1] = inside * c * p.sigmoid_slope(f);
     d[2] = inside * i * p.tanh_slope(g);
@@ -111,20 +122,20 @@ struct CoupledLstm {
     c = (1 - i) * c + i * g;
     const V o = p.sigmoid(x[2] + s[2] + p.peep(1, c));
     keep[0] = i, keep[1] = g, keep[2] = o;
-    return o * p.tanh(c);
+    return o * p.bend(c);
   }
 
   HT_INLINE static V next_cell(const V (&kept)[4], V c) { return (1 - kept[0]) * c + kept[0] * kept[1]; }
   template <class P>
   HT_INLINE static V output(const P& p, const V (&kept)[4], V c) {
-    return kept[2] * p.tanh(next_cell(kept, c));
+    return kept[2] * p.bend(next_cell(kept, c));
   }
 
   template <class P>
   HT_INLINE static V back(const P& p, const V (&kept)[4], V c, V dh, V& dc, V (&d)[3]) {
-    const V i = kept[0], g = kept[1], o = kept[2], y = p.tanh(next_cell(kept, c));
+    const V i = kept[0], g = kept[1], o = kept[2], y = p.bend(next_cell(kept, c));
     d[2] = dh * y * p.sigmoid_slope(o);
-    const V inside = dc + dh * o * p.tanh_slope(y) + p.peep(1, d[2]);
+    const V inside = dc + p.unbend(dh * o * p.tanh_slope(y)) + p.peep(1, d[2]);
     d[0] = inside * (g - c) * p.sigmoid_slope(i);
     d[1] = inside * i * p.tanh_slope(g);
     dc = inside * (1 - i) + p.peep(0, d[0]);

@@ -118,17 +118,18 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
 
   // One layer stack of LSTM, GRU or RNN over whole sequences. See rnn.h for the maths and docs/rnn.md for shapes.
   //   mode           "LSTM", "GRU", "RNN_TANH" or "RNN_RELU", as torch names them, then a space and a word for each
-  //   thing
-  //                  that differs, in this order: coupled (the LSTM's f = 1 - i: w_ih, w_hh and biases have rows of i,
-  //                  g, o), peepholes, hardsigmoid, hardtanh
+  //                  thing that differs, in this order: coupled (the LSTM's f = 1 - i: w_ih, w_hh and biases have rows
+  //                  of i, g, o), peepholes, hardsigmoid, hardtanh, layernorm
   //   weights        of each layer and direction, in torch's order: w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if
   //                  the state is projected (w_hh's columns are fewer than its rows per gate), then peepholes, those
-  //                  of i, f, o (coupled: i, o) one after the other
+  //                  of i, f, o (coupled: i, o) one after the other, then of layer norms the gains of W_ih x and of
+  //                  W_hh h, [gates * hidden] each, and of the LSTM the gain [hidden] of its c' and, if bias, the bias
   //   rates          zoneout, cell_zoneout, recurrent_dropout, weight_dropout; None for zeros. Without a seed zoneout's
   //                  expectation is taken, and the others must be 0. rnn leaves weight_dropout to rnn_pack
   //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use, or of CUDA
   //   input          [T, B, I] at any strides, or packed [rows, I] beside lengths: step by step, as in PackedSequence
-  //   lengths        [B] int64 on the CPU, in any order, 0 to T; beside packed input falling (as PackedSequence is sorted)
+  //   lengths        [B] int64 on the CPU, in any order, 0 to T; beside packed input falling (as PackedSequence is
+  //                  sorted)
   //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that
   //                  is 0
   //   output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].

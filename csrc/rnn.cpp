@@ -32,7 +32,7 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   p.dtype = dtype_of(op, "weights[0]", weights[0]);
   p.directions = 1 + bidirectional;
   h.place = place_of(op, weights[0]);
-  take_mode(op, p, mode);
+  take_mode(op, p, mode, h.place);
   take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
   p.weight_dropout = dropout_of(op, weight_dropout, seed, h.device(), "weight_dropout");
   Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte, h.device());
@@ -72,7 +72,7 @@ void take_forward(const char* op, RnnForward& p, Holders& h, const Tensor& input
   p.dtype = dtype_of(op, "input", input);
   p.directions = 1 + bidirectional;
   h.place = place_of(op, input);
-  take_mode(op, p, mode);
+  take_mode(op, p, mode, h.place);
   take_sizes(op, p, hidden_size, proj_size, num_layers);
   take_input(op, p, h, mode, input, lengths, h0, c0);
   take_packed(op, p, packed, h.place);
@@ -99,6 +99,7 @@ void clear_rest_of_saved(const RnnForward& p) {
   for (int64_t l = 0; l < p.layers && at && rest; ++l) {
     next(p.directions * p.state);
     for (int64_t d = 0; d < p.directions; ++d) next(rnn_kept(p) * p.hidden);
+    for (int64_t d = 0; d < p.directions; ++d) next(rnn_normed_numbers(p)), next(rnn_moments(p));
   }
 }
 
@@ -171,7 +172,7 @@ std::tuple<Tensor, Tensor> rnn_cell(const Tensor& input, const OptionalTensor& h
   p.dtype = dtype_of(op, "input", input);
   p.directions = p.steps = p.longest = 1;
   h.place = place_of(op, input);
-  take_mode(op, p, mode);
+  take_mode(op, p, mode, h.place);
   take_sizes(op, p, hidden_size, 0, 1);
   const Shape s = input.sizes();
   HT_CHECK(s.size() == 2, op, "input has shape ", to_string(s), ", expected [batch, width]; unsqueeze or reshape it");
@@ -201,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
   p.dtype = dtype_of(op, "input", input);
   p.directions = 1 + bidirectional;
   h.place = place_of(op, input);
-  take_mode(op, p, mode);
+  take_mode(op, p, mode, h.place);
   HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
   take_weights(op, p, h, weights, bias, input, "input");
   take_input(op, p, h, mode, input, lengths, h0, c0);

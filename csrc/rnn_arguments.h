@@ -38,7 +38,7 @@ inline void check_device(const char* op, const std::string& name, const Tensor& 
 }
 
 // A cell's name as torch's, then words for what differs in it.
-inline void take_mode(const char* op, Rnn& p, const std::string& mode) {
+inline void take_mode(const char* op, Rnn& p, const std::string& mode, Place place) {
   constexpr const char* kNames[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
   size_t at = std::min(mode.find(' '), mode.size());
   const auto* name = std::find(kNames, kNames + 4, mode.substr(0, at));
@@ -54,11 +54,16 @@ inline void take_mode(const char* op, Rnn& p, const std::string& mode) {
     p.peepholes = has(" peepholes", lstm);
     p.hard_sigmoid = has(" hardsigmoid", lstm || p.cell == RnnCell::gru);
     p.hard_tanh = has(" hardtanh", p.cell != RnnCell::relu);
+    p.layer_norm = has(" layernorm", true);
   }
   HT_CHECK(
       name != kNames + 4 && at == mode.size(), op, "mode is '", mode,
       "', allowed are LSTM, GRU, RNN_TANH and RNN_RELU, and then, after a space each and in this order, coupled and "
-      "peepholes (LSTM), hardsigmoid (LSTM and GRU) and hardtanh (all but RNN_RELU)");
+      "peepholes (LSTM), hardsigmoid (LSTM and GRU), hardtanh (all but RNN_RELU) and layernorm");
+  HT_CHECK(
+      !place.cuda || !p.layer_norm, op, "mode is '", mode,
+      "', and the CUDA kernels do not normalise gates; use handtuned.backend('reference') or move the input to the "
+      "CPU");
 }
 
 using Rates = std::optional<std::vector<double>>;
@@ -115,9 +120,11 @@ inline void take_weights(const char* op, Rnn& p, Holders& h, const Tensors& weig
   for (int64_t i = 0; i < count; ++i) {
     const std::string name = "weights[" + std::to_string(i) + "]";
     const int64_t rows = gates * p.hidden, place = i % each;
-    const int64_t vector = p.peepholes && place == each - 1     ? rnn_peepholes(p) * p.hidden
-                           : bias && (place == 2 || place == 3) ? rows
-                                                                : 0;
+    const int64_t gain = place - (each - rnn_gains_each(p, bias));  // of layer norms: of x, of h; of c', bias of c'
+    const int64_t vector = gain >= 2                                           ? p.hidden
+                           : gain >= 0 || (bias && (place == 2 || place == 3)) ? rows
+                           : gain == -1 && p.peepholes                         ? rnn_peepholes(p) * p.hidden
+                                                                               : 0;
     const int64_t matrix[2] = {place < 2 ? rows : p.state, place == 0   ? rnn_input_size(p, i / of_layer)
                                                            : place == 1 ? p.state
                                                                         : p.hidden};
@@ -261,7 +268,8 @@ inline RnnHeader header_of(const Rnn& p) {
   RnnHeader header{};
   header.vector_bytes = kernels().vector_bytes;
   header.pairs = p.dtype == DType::bf16 && kernels().multiply_add_pairs;
-  header.dtype = int32_t(p.dtype), header.cell = int32_t(p.cell), header.peepholes = p.peepholes;
+  header.dtype = int32_t(p.dtype), header.cell = int32_t(p.cell);
+  header.peepholes = p.peepholes, header.layer_norm = p.layer_norm;
   header.input_size = p.input_size, header.hidden = p.hidden, header.state = p.state;
   header.layers = p.layers, header.directions = p.directions;
   return header;

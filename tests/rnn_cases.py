@@ -133,6 +133,7 @@ def weight_shapes(case: Case) -> list[tuple[int, ...]]:
             shapes += [(rows,), (rows,)] if case.bias else []
             shapes += [(case.proj, case.shape[3])] if case.proj else []
             shapes += [(case.cell.peephole_gates * case.shape[3],)] if case.cell.peepholes else []
+            shapes += [(rows,), (rows,), (case.shape[3],), (case.shape[3],)][: case.cell.gains(case.bias)]
     return shapes
 
 

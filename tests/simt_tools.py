@@ -20,6 +20,9 @@ CHECKED = FOLDER / "libhandtuned_simt_checked.so"  # with sanitizers and mutatio
 SCHEDULES = {"random": 0, "forward": 1, "backward": 2, "warp_greedy": 3}
 
 
+running = False  # whether the emulator serves the ops now
+
+
 class Counts(ctypes.Structure):
     """What launches did since the last reset; the fields of simt::Counts."""
 
@@ -89,12 +92,15 @@ def emulated(
     schedule: str = "forward", seed: int = 0, path: Path = LIBRARY, device: tuple[int, int] = (0, 0)
 ) -> Iterator[Emulator]:
     """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator; device: as Emulator.device takes it."""
+    global running
     emulator = Emulator(require(path))
     emulator.schedule(schedule, seed)
     emulator.device(*device)
     emulator.reset()
     _C.emulate_cuda(str(path))
+    running = True
     try:
         yield emulator
     finally:
+        running = False
         _C.emulate_cuda("")

@@ -19,7 +19,7 @@ from torch import Tensor
 from handtuned import backends
 from handtuned.nn import functional as H
 
-pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
+pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.cuda_alone]
 FORMS = [BASE, CAUSAL.with_(kv_heads=1), PACKED.with_(causal=True), ALL, ALL_PACKED]
 IN_BOTH_WIDTHS = [form.with_(dtype=dtype) for form in FORMS for dtype in (F32, BF16)]
 
@@ -72,7 +72,7 @@ def test_the_bounds_catch(
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cases(ac.CASES, thinned=("generic", "emulated512"))
+@pytest.mark.cases(ac.CASES, thinned=("generic", "emulated512", "simt"))
 def test_numerics_contract(kernels: str, case: Case) -> None:
     an.check_contract(case)
 

@@ -170,10 +170,10 @@ def test_explain_attention() -> None:
     q = torch.randn(1, 2, 3, 4)
     (call,) = handtuned.explain(H.scaled_dot_product_attention, q, q.mT.contiguous().mT, q).calls
     assert (call.op, call.served_by.backend) == ("attention", "cpu")
-    assert {c.backend: c.refused for c in call.candidates}["triton"] == "no Triton kernel for this op"
+    assert {c.backend: c.refused for c in call.candidates}["triton"] == "input is on cpu"
     assert call.notes == ["key is copied once: its last stride is 3, not 1"]
     with handtuned.backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel for this op"):
-        H.scaled_dot_product_attention(q, q, q)
+        H.linear(X, torch.ones(3, 8))
 
 
 def test_explain_passes_keywords_and_errors_on() -> None:
@@ -206,14 +206,12 @@ def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPa
 
     assert refused("layer_norm")["cuda"] == "libhandtuned_cuda.so is missing beside the extension"
     library.touch()
-    for op in handtuned.ops.NORM_OPS:
+    for op in handtuned.ops.NORM_OPS | handtuned.ops.ATTENTION_OPS | handtuned.ops.RNN_OPS:
         assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
-        assert refused(op)["triton"] is None
-    for op in handtuned.ops.RNN_OPS:
-        assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
-        assert refused(op)["triton"] == "no Triton kernel for this op"
+        no_triton = "no Triton kernel for this op" if op in handtuned.ops.RNN_OPS else None
+        assert refused(op)["triton"] == no_triton
     assert "int64" in str(refused("layer_norm", torch.int64)["cuda"])
-    assert refused("attention")["cuda"] == "no CUDA C++ kernel for this op"
+    assert refused("linear_cross_entropy")["cuda"] == "no CUDA C++ kernel for this op"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert refused("layer_norm")["cuda"] == "the device is sm_75, the CUDA kernels need sm_80"
@@ -233,9 +231,8 @@ def test_info_lists_every_op_on_every_backend() -> None:
     assert all(row["why"] for row in found["kernels"])
     without = {"triton": handtuned.backends.why_no_triton_kernel, "cuda": handtuned.backends.why_no_cuda_kernel}
     lacking = {(op, backend) for backend, why in without.items() for op in handtuned.ops.OPS if why(op)}
-    assert {op for op, backend in lacking if backend == "triton"} == set(handtuned.ops.OPS) - set(
-        handtuned.ops.NORM_OPS
-    )
+    with_triton = {*handtuned.ops.NORM_OPS, *handtuned.ops.ATTENTION_OPS}
+    assert {op for op, backend in lacking if backend == "triton"} == set(handtuned.ops.OPS) - with_triton
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

@@ -51,6 +51,8 @@ LARGE = [
     Case("GRU", (12, 1, 30, 260), states=True),
     Case("RNN_TANH", (6, 40, 33, 100), lengths=tuple(range(1, 7)) * 6 + (0, 3, 6, 2), bidirectional=True),
     Case("LSTM", (5, 9, 20, 96), proj=33, dtype=torch.bfloat16),
+    Case("LSTM", (5, 9, 20, 150), proj=70, bidirectional=True, options=(("layer_norm", True),)),
+    Case("LSTM", (1, 3, 20, 150), options=(("layer_norm", True),)),
 ]
 
 
@@ -91,7 +93,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch, handtuned
 
 torch.manual_seed(0)
-stacks = [handtuned.nn.LSTM(20, 200, 2, bidirectional=True), handtuned.nn.GRU(20, 300)]
+stacks = [handtuned.nn.LSTM(20, 200, 2, bidirectional=True), handtuned.nn.GRU(20, 300, layer_norm=True)]
 x = torch.randn(10, 2, 20)
 
 

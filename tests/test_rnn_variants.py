@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 
 ACTIVATIONS = {"activation": "hardtanh", "recurrent_activation": "hardsigmoid"}
 OF_THE_LSTM = {"coupled_gates": True, "peepholes": True, "cell_zoneout": 0.3, "return_cell_states": True}
-OF_ALL = {"zoneout": 0.4, "recurrent_dropout": 0.3, "weight_dropout": 0.2}
+OF_ALL = {"zoneout": 0.4, "recurrent_dropout": 0.3, "weight_dropout": 0.2, "layer_norm": True}
 RAGGED = (4, 6, 0, 1, 6)
 FORMS: dict[str, Any] = {"layers": 2, "bidirectional": True, "bias": False, "batch_first": True, "states": True}
 FORMS |= {"lengths": RAGGED, "packed": True, "dropout": 0.3, "training": False}
@@ -166,9 +166,68 @@ def test_lstm_is_its_papers(isa: str, coupled: bool, hard: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def normal(v: Tensor) -> Tensor:
+    centred = v - v.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("proj", [0, 4])
+def test_layer_norm_is_its_papers(isa: str, bias: bool, proj: int) -> None:
+    """Equations 20 to 22 of Ba et al. 2016, whose three biases beside each other are b_ih and b_hh."""
+    module = nn.LSTM(5, 6, bias=bias, proj_size=proj, layer_norm=True).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    w = {name.removesuffix("_l0"): parameter for name, parameter in module.named_parameters()}
+    x = torch.randn(7, 3, 5).double().requires_grad_()
+    h, c = (torch.randn(3, n).double().requires_grad_() for n in (proj or 6, 6))
+    leaves, hs = [x, h, c, *module.parameters()], []
+    found = module(x, (h[None], c[None]))[0]
+    for x_t in x:
+        a = normal(x_t @ w["weight_ih"].T) * w["weight_ln_ih"] + normal(h @ w["weight_hh"].T) * w["weight_ln_hh"]
+        i, f, g, o = (a + w["bias_ih"] + w["bias_hh"] if bias else a).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * (normal(c) * w["weight_ln_c"] + (w["bias_ln_c"] if bias else 0.0)).tanh()
+        h = h @ w["weight_hr"].T if proj else h
+        hs.append(h)
+    torch.testing.assert_close(found, torch.stack(hs))
+    grads = [torch.autograd.grad(y.sin().sum(), leaves) for y in (found, torch.stack(hs))]
+    torch.testing.assert_close(*grads)
+
+
+NORMED = [Case(mode, (64, 16, 64, 64), states=True, options=(("layer_norm", True),)) for mode in rc.MODES[:3]]
+
+
+@pytest.mark.cases(NORMED)
+def test_layer_norm_rounds_no_worse_than_the_formula(isa: str, case: Case) -> None:
+    """Sums over many rows and steps: errors of outputs and all gradients beside those of torch's operators."""
+    t = rc.tensors(case)
+    truth, found, formula = rc.exact(case, t), rc.results(case, t), rc.results(case, t, rc.run_formula)
+    for name, tensor in truth.items():
+        error, allowed = ((r[name].double() - tensor).square().mean().sqrt().item() for r in (found, formula))
+        assert error <= 1.5 * allowed, f"{name}: {error / allowed:.2f} times the formula's error"
+
+
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+def test_layer_norm_of_gru_and_rnn(isa: str, kind: str) -> None:
+    module, x = getattr(nn, kind)(5, 6, layer_norm=True).double(), torch.randn(7, 3, 5).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    w_ih, w_hh, b_ih, b_hh, gain_ih, gain_hh = module._flat_weights
+    h, hs = x.new_zeros(3, 6), []
+    for x_t in x:
+        a, b = normal(x_t @ w_ih.T) * gain_ih + b_ih, normal(h @ w_hh.T) * gain_hh + b_hh
+        h = _gru_step(a, b, h, torch.sigmoid, torch.tanh) if kind == "GRU" else torch.tanh(a + b)
+        hs.append(h)
+    found = module(x)[0]
+    torch.testing.assert_close(found, torch.stack(hs))
+    grads = [torch.autograd.grad(y.sin().sum(), module._flat_weights) for y in (found, torch.stack(hs))]
+    torch.testing.assert_close(*grads)
+
+
 def test_gru_and_rnn_with_hard_functions(isa: str) -> None:
     for kind, cell, options in (
-        ("GRU", lambda a, b, h: _gru_step(a, b, h), ACTIVATIONS),
+        ("GRU", _gru_step, ACTIVATIONS),
         ("RNN", lambda a, b, h: F.hardtanh(a + b), {"activation": "hardtanh"}),
     ):
         module, x = getattr(nn, kind)(5, 6, zoneout=0.2, **options).double().eval(), torch.randn(7, 3, 5).double()
@@ -180,10 +239,10 @@ def test_gru_and_rnn_with_hard_functions(isa: str) -> None:
         torch.testing.assert_close(module(x)[0], torch.stack(hs))
 
 
-def _gru_step(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+def _gru_step(a: Tensor, b: Tensor, h: Tensor, sigma: Any = F.hardsigmoid, tau: Any = F.hardtanh) -> Tensor:
     (ra, za, na), (rb, zb, nb) = a.chunk(3, 1), b.chunk(3, 1)
-    z = F.hardsigmoid(za + zb)
-    return (1 - z) * F.hardtanh(na + F.hardsigmoid(ra + rb) * nb) + z * h
+    z = sigma(za + zb)
+    return (1 - z) * tau(na + sigma(ra + rb) * nb) + z * h
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -291,7 +350,10 @@ def test_first_and_second_derivatives(kernels: str, case: Case) -> None:
 
 MODULES: list[tuple[str, dict[str, Any]]] = [
     ("LSTM", dict(coupled_gates=True, peepholes=True, bidirectional=True, num_layers=2, proj_size=3)),
-    ("LSTM", dict(peepholes=True, bias=False, zoneout=0.2)),
+    ("LSTM", dict(peepholes=True, bias=False, zoneout=0.2, layer_norm=True)),
+    ("LSTM", dict(layer_norm=True, num_layers=2)),
+    ("LSTMCell", dict(layer_norm=True, peepholes=True)),
+    ("RNNCell", dict(layer_norm=True, bias=False)),
     ("GRU", dict(recurrent_activation="hardsigmoid")),
     ("RNN", dict(weight_dropout=0.5)),
     ("LSTMCell", dict(coupled_gates=True, peepholes=True)),
@@ -308,11 +370,18 @@ def test_modules(kind: str, options: dict[str, Any]) -> None:
     plain = {n: v for n, v in options.items() if n in ("bidirectional", "num_layers", "proj_size", "bias")}
     torchs = set(getattr(torch.nn, kind)(4, 6, **plain).state_dict())
     peepholes = {n.replace("weight_ih", "weight_ch") for n in torchs if "weight_ih" in n and "peepholes" in options}
-    assert names == torchs | peepholes
+    kinds = ["weight_ln_ih", "weight_ln_hh", *(["weight_ln_c"] if "LSTM" in kind else [])]
+    kinds += ["bias_ln_c"] if "LSTM" in kind and options.get("bias", True) else []
+    norms = {n.replace("weight_ih", k) for n in torchs if "weight_ih" in n for k in kinds if "layer_norm" in options}
+    assert names == torchs | peepholes | norms
     for name, parameter in module.named_parameters():
-        rows = {"ih": gates * 6, "hh": gates * 6, "hr": 3, "ch": (gates - 1) * 6}[name.split("_")[1]]
+        kind_of, _, of = name.replace("ln_", "").split("_l")[0].partition("_")
+        rows = {"ih": gates * 6, "hh": gates * 6, "hr": 3, "ch": (gates - 1) * 6, "c": 6}[of]
         assert parameter.shape[0] == rows
-        assert parameter.abs().max() <= 6**-0.5
+        if name in norms:
+            assert (parameter == (kind_of == "weight")).all()
+        else:
+            assert parameter.abs().max() <= 6**-0.5
     x = torch.randn(5, 4) if kind.endswith("Cell") else torch.randn(3, 5, 4)
     for option in options:
         assert f"{option}=" in repr(module)
@@ -336,13 +405,17 @@ def test_plain_options_are_torchs() -> None:
 
 
 def test_cells_are_layers_of_one_step(isa: str) -> None:
-    options: dict[str, Any] = dict(coupled_gates=True, peepholes=True, zoneout=0.2, cell_zoneout=0.3, **ACTIVATIONS)
+    options: dict[str, Any] = dict(coupled_gates=True, peepholes=True, zoneout=0.2, cell_zoneout=0.3, layer_norm=True)
+    options |= ACTIVATIONS
     layer, cell = nn.LSTM(4, 6, **options).eval(), nn.LSTMCell(4, 6, **options).eval()
     cell.load_state_dict({name.removesuffix("_l0"): t for name, t in layer.state_dict().items()})
     x, state = torch.randn(5, 3, 4), None
     for step in x:
         state = cell(step, state)
     torch.testing.assert_close(state, tuple(s[0] for s in layer(x)[1]))
+    w_ih, w_hh, b_ih, b_hh, w_ch, *w_ln = layer._flat_weights
+    found = H.lstm_cell(x[0], None, w_ih, w_hh, b_ih, b_hh, w_ch=w_ch, w_ln=w_ln, **options)
+    torch.testing.assert_close(found, tuple(s[0] for s in layer(x[:1])[1]))
 
 
 def test_cell_states_come_as_the_output_does(isa: str) -> None:
@@ -366,7 +439,8 @@ def rnn_allowed() -> Iterator[None]:
 
 @pytest.mark.usefixtures("rnn_allowed")
 def test_compiled_in_one_graph() -> None:
-    module = nn.LSTM(3, 5, 2, peepholes=True, coupled_gates=True, zoneout=0.2, return_cell_states=True, **ACTIVATIONS)
+    options: dict[str, Any] = dict(peepholes=True, coupled_gates=True, zoneout=0.2, return_cell_states=True)
+    module = nn.LSTM(3, 5, 2, layer_norm=True, **options, **ACTIVATIONS)
     compiled = torch.compile(module.eval(), fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((5, 2, 3), (7, 4, 3)):
         x = torch.randn(shape, requires_grad=True)
@@ -376,9 +450,8 @@ def test_compiled_in_one_graph() -> None:
         )
         torch.testing.assert_close(found, expected)
     module.train()
-    module.variant = nn.LSTM(
-        3, 5, weight_dropout=0.5, coupled_gates=True, peepholes=True, recurrent_dropout=0.5
-    ).variant
+    options = dict(peepholes=True, coupled_gates=True, weight_dropout=0.5, recurrent_dropout=0.5)
+    module.variant = nn.LSTM(3, 5, layer_norm=True, **options).variant
     assert torch.compile(module, fullgraph=True, backend="aot_eager")(torch.randn(4, 2, 3))[0].shape == (4, 2, 5)
 
 

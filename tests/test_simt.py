@@ -23,10 +23,17 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[simt_tools.Emulator]:
 
 
 def launch(
-    emulator: simt_tools.Emulator, name: str, threads: int = 64, *, blocks: int = 1, shared: int = 0, grid: bool = False
+    emulator: simt_tools.Emulator,
+    name: str,
+    threads: int = 64,
+    *,
+    blocks: int = 1,
+    shared: int = 0,
+    grid: bool = False,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, str]:
-    """(out, what the emulator reports), with in = 0, 1, 2 ..."""
-    values, out = torch.arange(1024.0), torch.zeros(1024)
+    """(out, what the emulator reports); in = 0, 1, 2 ... where no values are given."""
+    values, out = torch.arange(1024.0) if values is None else values.contiguous(), torch.zeros(1024)
     emulator.reset()
     status = emulator.library.simt_unit(
         name.encode(), blocks, threads, shared or 4 * threads, grid, values.data_ptr(), out.data_ptr()
@@ -100,6 +107,96 @@ def test_conversions_are_torchs() -> None:
         assert [getattr(library, name)(v) for v in values.tolist()] == [w & 0xFFFF for w in wanted]
 
 
+# ---- instructions of PTX: what each lane holds, by the tables of the PTX manual --------------------------------------
+
+NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def as_pairs(low: Tensor, high: Tensor) -> Tensor:
+    """16-bit elements as registers (the bits of a float32), `low` in the lower half."""
+    return torch.stack([low, high], -1).view(torch.float32)[..., 0]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_mma_has_the_fragments_of_the_manual(emulator: simt_tools.Emulator, dtype: str) -> None:
+    """ "Matrix Fragments for mma.m16n8k16 with floating point type": small integers, so every sum is exact."""
+    a, b = (torch.randint(-8, 9, shape).to(NARROW[dtype]) for shape in ((16, 16), (16, 8)))
+    d = torch.randint(-99, 100, (16, 8)).float()
+    group, thread = torch.arange(32) // 4, torch.arange(32) % 4
+
+    def element_of_a(i: int) -> Tensor:
+        row = group if i in (0, 1, 4, 5) else group + 8
+        return a[row, thread * 2 + i % 2 + (0 if i < 4 else 8)]
+
+    def element_of_b(i: int) -> Tensor:
+        return b[thread * 2 + i % 2 + (0 if i < 2 else 8), group]
+
+    rows, columns = ([group, group, group + 8, group + 8], [thread * 2, thread * 2 + 1] * 2)
+    registers = [as_pairs(element_of_a(2 * r), element_of_a(2 * r + 1)) for r in range(4)]
+    registers += [as_pairs(element_of_b(2 * r), element_of_b(2 * r + 1)) for r in range(2)]
+    registers += [d[row, column] for row, column in zip(rows, columns, strict=True)]
+    out, report = launch(emulator, f"mma_{dtype}", 32, values=torch.stack(registers, -1))
+    assert not report
+    found = torch.empty(16, 8)
+    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        found[row, column] = out[:128].view(32, 4)[:, i]
+    assert found.equal(d + a.float() @ b.float())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_pairs_are_rounded_as_torch_does(emulator: simt_tools.Emulator, dtype: str) -> None:
+    values = torch.randn(64) * torch.tensor([1.0, 1e-4, 300.0, 1e-7]).repeat(16)
+    out, report = launch(emulator, f"pairs_{dtype}", 32, values=values)
+    assert not report
+    assert out[:32].view(torch.int16).equal(values.to(NARROW[dtype]).view(torch.int16))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_deals_out_four_matrices(emulator: simt_tools.Emulator, transposed: bool) -> None:
+    """Register n of lane 4 g + t: row g, columns 2 t and 2 t + 1 of matrix n."""
+    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
+    out, report = launch(
+        emulator,
+        "ldmatrix_trans" if transposed else "ldmatrix",
+        32,
+        shared=512,
+        values=matrices.view(torch.float32),
+    )
+    assert not report
+    expected = (matrices.mT if transposed else matrices).contiguous().view(torch.int32).view(4, 32).T
+    assert out[:128].view(torch.int32).view(32, 4).equal(expected)
+
+
+@pytest.mark.parametrize(("pitch", "conflicts"), [(32, 4), (128, 28), (144, 0)])
+def test_bank_conflicts_of_ldmatrix(emulator: simt_tools.Emulator, pitch: int, conflicts: int) -> None:
+    """Eight rows of 16 bytes at a time: 32 bytes apart two of them share each bank, 128 bytes apart all eight do."""
+    assert not launch(emulator, f"ldmatrix_{pitch}_bytes_apart", 32, shared=32 * pitch)[1]
+    assert emulator.counts.shared_accesses == 2  # the rows written, the rows read
+    assert emulator.counts.bank_conflicts == 2 * conflicts
+
+
+@pytest.mark.parametrize(("name", "copied"), [("copies", 4), ("copies_of_8_bytes", 2), ("copies_of_nothing", 0)])
+def test_a_copy_fills_up_with_zeros(emulator: simt_tools.Emulator, name: str, copied: int) -> None:
+    out, report = launch(emulator, name, 64, shared=1024)
+    assert not report
+    values = torch.arange(256.0).view(32, 2, 4).flip(1).reshape(64, 4)
+    assert out[:320].view(64, 5)[:, :copied].equal(values[:, :copied])
+    assert not out[:320].view(64, 5)[:, copied:4].any()
+    assert emulator.counts.bytes_loaded == 64 * 4 * copied
+
+
+def test_a_copy_that_is_pending_shows_nothing(emulator: simt_tools.Emulator) -> None:
+    out, report = launch(emulator, "copies_second_pending", 64, shared=2048)
+    assert not report
+    seen = out[:320].view(64, 5)
+    assert seen[:, :4].equal(torch.arange(256.0).view(32, 2, 4).flip(1).reshape(64, 4))
+    assert seen[:, 4].isnan().all()
+    for name in ("copies_not_waited", "copies_not_committed"):
+        out, report = launch(emulator, name, 64, shared=1024)
+        assert "returned while copies to shared memory were under way" in report
+        assert not out[:320].nan_to_num().any(), name
+
+
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +211,12 @@ def test_conversions_are_torchs() -> None:
         ("diverged", "lanes of one warp meet in"),
         ("outside_the_mask", "the calling lane is not in the mask"),
         ("lane_that_is_missing", "reads lane 9, which is not in the mask"),
+        ("copies_no_barrier", "race on shared memory"),
+        ("copy_misaligned", "an access of 16 bytes is misaligned"),
     ],
 )
 def test_what_cuda_forbids_is_reported(emulator: simt_tools.Emulator, name: str, words: str) -> None:
-    report = launch(emulator, name, 64)[1]
+    report = launch(emulator, name, 64, shared=1024)[1]
     assert words in report
 
 

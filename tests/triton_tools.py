@@ -209,17 +209,24 @@ def recorded_launches() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, A
         jit.JITFunction.run = original
 
 
-def compile_case(launch: Callable[..., None], arch: str, case: dict[str, Any], disassemble: bool) -> list[Resources]:
+def compile_case(
+    launch: Callable[..., None], arch: str, case: dict[str, Any], disassemble: bool, only: str | None
+) -> list[Resources]:
     with recorded_launches() as launches:
         launch(arch=arch, **case)
-    calls = [compile_call(kernel, args, options, arch) for kernel, args, options in launches]
+    calls = [
+        compile_call(kernel, args, options, arch)
+        for kernel, args, options in launches
+        if only in (None, kernel.fn.__name__)
+    ]
     return [resources(compiled, disassemble) for compiled in {compiled.hash: compiled for compiled in calls}.values()]
 
 
 def ahead_of_time(launch: str, cases: list[dict[str, Any]], timeout: float = 600.0) -> list[list[Resources]]:
     """For each case, the resources of every kernel that `launch`, "module:function", launches for it.
 
-    A case holds "arch", optionally "disassemble", and the other keyword arguments of the function.
+    A case holds "arch", optionally "disassemble" and "only", the name of one kernel, and the other keyword arguments of
+    the function.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # only silences a warning, launches name the option
@@ -244,7 +251,8 @@ def main() -> None:
     found = []
     for case in request["cases"]:
         arch, disassemble = case.pop("arch"), case.pop("disassemble", False)
-        found.append([dataclasses.asdict(kernel) for kernel in compile_case(launch, arch, case, disassemble)])
+        kernels = compile_case(launch, arch, case, disassemble, case.pop("only", None))
+        found.append([dataclasses.asdict(kernel) for kernel in kernels])
     json.dump(found, sys.stdout)
 
 

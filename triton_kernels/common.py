@@ -38,17 +38,20 @@ def keep_factor(seed, row, start, threshold, scale, ROWS: tl.constexpr, TILE: tl
     Column c has number c / 16 % 8 of the eight 16-bit halves, low half first, of Philox4x32-10 at counter
     (c / 128 * 16 + c % 16, row low, row high, 0), key = seed. So one call serves columns j, j+16, ... j+112 of a block
     of 128: it is made once, for counters [block, j], its eight verdicts travel as bits of one small integer to columns
-    [block, number, j], and each column picks its bit.
+    [block, number, j], and each column picks its bit. A TILE below 128 lies within a block and uses some of the bits.
+    start is a multiple of TILE, and of 128 if that is larger.
     """
-    counter = (start // 8 + tl.arange(0, TILE // 8)).to(tl.uint32)  # start is a multiple of 128
+    BLOCKS: tl.constexpr = (TILE + 127) // 128
+    counter = (start // 128 * 16 + tl.arange(0, BLOCKS * 16)).to(tl.uint32)
     low = (row & 0xFFFFFFFF).to(tl.uint32)
     high = (row >> 32).to(tl.uint32)
     zero = tl.zeros((1, 1), tl.uint32)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), counter[None, :], low[:, None], high[:, None], zero)
     bound = threshold.to(tl.uint32)
     flags = _halves(w0, bound) | (_halves(w1, bound) << 2) | (_halves(w2, bound) << 4) | (_halves(w3, bound) << 6)
-    flags = tl.broadcast_to(tl.reshape(flags, (ROWS, TILE // 128, 1, 16)), (ROWS, TILE // 128, 8, 16))
-    number = (tl.arange(0, TILE) // 16 % 8).to(tl.int16)
+    flags = tl.reshape(flags, (ROWS, BLOCKS, 1, 16))
+    flags = tl.broadcast_to(flags, (ROWS, BLOCKS, TILE // BLOCKS // 16, 16))
+    number = ((start + tl.arange(0, TILE)) // 16 % 8).to(tl.int16)
     keep = ((tl.reshape(flags, (ROWS, TILE)) >> number[None, :]) & 1) != 0
     return tl.where(keep, scalar(scale, ACC), 0.0)
 

@@ -137,7 +137,7 @@ def _backward(
         )
         for partial, grad in ((partial_weight, grad_weight), (partial_bias, grad_bias)):
             if partial is not None:
-                _sum_partials(partial, grad, chunks, cols)
+                sum_partials(partial, grad, chunks, cols)
     return grad_hidden, grad_input, grad_weight, grad_bias
 
 
@@ -160,7 +160,8 @@ def _row_sums(
     return sums
 
 
-def _sum_partials(partial: Tensor, grad: Tensor, count: int, cols: int) -> None:
+def sum_partials(partial: Tensor, grad: Tensor, count: int, cols: int) -> None:
+    """grad = the sum of partial's `count` rows, in one order."""
     config = tuning.lookup("partials", cols, partial.element_size(), partial.device)
     partials_kernel[(triton.cdiv(cols, config.tile),)](partial, grad, count, cols, **common.meta(config))
 

@@ -62,6 +62,44 @@ def architecture(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+class AttentionConfig(NamedTuple):
+    rows: int  # of a tile
+    keys: int
+    warps: int
+    stages: int
+    widest: int  # block of a row; wider rows go block by block
+
+
+def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) -> AttentionConfig:
+    """The committed tile of an attention kernel for rows of this many elements."""
+    bucket = max(32, triton.next_power_of_2(max(width, value_width)))
+    return _attention(kernel, bucket, query.element_size(), architecture(query.device))
+
+
+def careful(config: AttentionConfig) -> AttentionConfig:
+    """For the rare second try of tiles that met a NaN: the same rows, few keys, nothing in flight."""
+    return config._replace(keys=16, stages=1)
+
+
+def careful_rows(config: AttentionConfig) -> AttentionConfig:
+    """The same where a program keeps its keys."""
+    return config._replace(rows=16, stages=1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _attention(kernel: str, width: int, itemsize: int, arch: str) -> AttentionConfig:
+    return AttentionConfig(*_attention_table()[_table_name(arch)][kernel][str(itemsize)][str(width)])
+
+
+@functools.cache
+def _attention_table() -> Table:
+    tables: Table = json.loads((COMMITTED.parent / "attention.json").read_text())["tables"]
+    return tables
+
+
 def _table_name(arch: str) -> str:
     """The committed table that serves an architecture: its own, its generation's data centre part's, or default."""
     if arch in _committed_table():

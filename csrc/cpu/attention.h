@@ -73,7 +73,8 @@ struct ForwardPiece {
 };
 
 // Asks for what a piece will read first: its queries and, where it is the first of its head, keys and values.
-inline void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int64_t i) {
+template <class A>
+void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int64_t i) {
   const ForwardPiece piece(cut, i);
   const int64_t b = piece.head / p.kv_heads, kv_head = piece.head % p.kv_heads, group = p.heads / p.kv_heads;
   const AttentionEntry e = attention_entry(p, b);
@@ -81,7 +82,7 @@ inline void prefetch_piece(const AttentionForward& p, const ForwardCut& cut, int
   for (int64_t flat = first; flat < end; ++flat)
     prefetch_row(query_row(p, p.query, e, b, kv_head * group + flat / e.query_rows, flat % e.query_rows),
                  p.width * bytes_of(p.dtype));
-  if (piece.tile < cut.tiles - 1 || piece.chunk > 0) return;
+  if (piece.tile < cut.tiles - 1 || piece.chunk > 0 || RowsPiece<A>::suits(p, end - first)) return;
   prefetch_rows(p, p.key, e, b, kv_head, 0, least(kKeyBlock, e.key_rows), p.width);
   prefetch_rows(p, p.value, e, b, kv_head, 0, least(kKeyBlock, e.key_rows), p.value_width);
 }
@@ -98,7 +99,7 @@ void attention_forward_in(const AttentionForward& p) {
     const auto [head, tile, chunk] = ForwardPiece(cut, i);
     const KeyRange keys{chunk * cut.chunk_keys, least((chunk + 1) * cut.chunk_keys, p.key_rows)};
     A* partial = partials.data + ((head * cut.tiles + tile) * cut.chunks + chunk) * tile_pitch;
-    if (i + 1 < pieces) prefetch_piece(p, cut, i + 1);
+    if (i + 1 < pieces) prefetch_piece<A>(p, cut, i + 1);
     with_piece<E>(p, head / p.kv_heads, head % p.kv_heads, tile * kAttentionTile, keys, [&](auto& work) {
       work.run();
       cut.chunks == 1 ? work.write() : work.write_partial(partial, pitch);

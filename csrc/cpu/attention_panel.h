@@ -149,7 +149,6 @@ inline Panel<A> make_panel(const Attention& p, const AttentionEntry& e, int64_t 
     panel.all = {most(panel.all.begin, seen.begin), least(panel.all.end, seen.end)};
     begin[lane] = seen.begin, stop[lane] = seen.end;
   }
-  if (panel.rows % 2) panel.all.end = 0;  // the last row's partner in a pair sees nothing, NaN keys included
   for (int v = 0; v < kPanelVectors; ++v)
     for (int l = 0; l < L; ++l) panel.begin[v][l] = begin[v * L + l], panel.end[v][l] = stop[v * L + l];
   for (int lane = 0; p.slopes && lane < W; ++lane) {

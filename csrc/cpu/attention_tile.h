@@ -51,6 +51,8 @@ class BackwardTile {
     finite = true;
     for (panels = 0; panels < kPanels && panels * W < rows; ++panels) {
       panel[panels] = make_panel<A>(p_, e, b, kv_head, first_row + panels * W, end_row);
+      // The last row's partner in a pair sees nothing, NaN keys included.
+      if (kPairs && panel[panels].rows % 2) panel[panels].all.end = 0;
       any = {least(any.begin, panel[panels].any.begin), most(any.end, panel[panels].any.end)};
       load_statistics(panels, delta);
       load_rows(panels, p_.query, p_.width, scale.power, query, query_t);

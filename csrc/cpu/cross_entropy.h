@@ -178,7 +178,7 @@ void cross_entropy_forward_in(const CrossEntropyForward& p) {
     const int64_t classes = least(p.chunk, p.classes - v);
     const ProductCut cut(rows, classes);
     linear_pack_in<T>(chunk_of<T>(p, v, classes));
-    product_of<T>(rows, classes, p.in, p.packed_classes, LeftRows<T>{x, p.in},
+    product_of<T>(rows, classes, p.in, p.packed_classes, LeftRows<T>{x, p.in}, {},
                   [&](int64_t r, int64_t c, int64_t n, A* z) {
                     reduce_logits<T>(p, v + c, n, z, of_groups, c / (cut.panels * kLinearPanel) * rows + r);
                     const int64_t t = p.target[r] - v - c;
@@ -286,7 +286,7 @@ struct EntropyGradients {
 
   // dz of rows r .. r + n and classes v .. v + classes.
   void make_grad_logits(int64_t r, int64_t n, int64_t v, int64_t classes) const {
-    product_of<T>(n, classes, p.in, p.packed_classes, LeftRows<T>{rows_of(x + r * p.in, p.in), p.in},
+    product_of<T>(n, classes, p.in, p.packed_classes, LeftRows<T>{rows_of(x + r * p.in, p.in), p.in}, {},
                   [&](int64_t i, int64_t c, int64_t wide, A* z) {
                     const RowFactors<A>& f = static_cast<const RowFactors<A>*>(p.factors)[r + i];
                     grad_logits_row<T>(p, f, v + c, wide, p.target[r + i], z, dz + i * pitch + c);
@@ -295,7 +295,7 @@ struct EntropyGradients {
 
   // dx[r .. r + n] += dz W
   void add_grad_input(int64_t r, int64_t n, bool first, int64_t classes) const {
-    product_of<T>(n, p.in, classes, p.packed_weight, LeftRows<G>{rows_of(dz, pitch), classes},
+    product_of<T>(n, p.in, classes, p.packed_weight, LeftRows<G>{rows_of(dz, pitch), classes}, {},
                   [&](int64_t i, int64_t c, int64_t wide, A* sums) {
                     add_row(static_cast<A*>(p.input_sums) + (r + i) * p.in + c, sums, wide, first);
                   });
@@ -305,7 +305,7 @@ struct EntropyGradients {
   void add_grad_weight(int64_t r, int64_t n, int64_t v, int64_t classes) const {
     const bool first = r == 0, last = r + n == p.rows;
     const StridedRows grads = rows_of(dz, pitch);
-    product_of<T>(classes, p.in, n, packed_input(r), LeftColumns<G>{grads, n},
+    product_of<T>(classes, p.in, n, packed_input(r), LeftColumns<G>{grads, n}, {},
                   [&](int64_t i, int64_t c, int64_t wide, A* sums) {
                     A* sum = static_cast<A*>(p.weight_sums) + i * p.in + c;
                     if (last && !first) add_row(sums, sum, wide, false);

@@ -37,9 +37,14 @@ struct Broadcast {
   int64_t row, step;
 };
 
-template <class E, int NR, int MV, bool Add, class T>
-HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
-                              int64_t c_row) {
+// C[i] = base[i] + the product, where Add; base may be C. Not inline, and B in scalars: where a caller puts strides
+// together in vector registers or spills them there, they wait behind the multiply-adds of the block before, and the
+// block's loads wait for them. A that comes from memory is asked for Ahead bytes before it is read; with 0 it is in the
+// cache.
+template <class E, int NR, int MV, bool Add, int Ahead, class T>
+__attribute__((noinline)) void multiply_block(const E* b, int64_t b_row, int64_t b_step, const T* a, int64_t a_step,
+                                              int64_t depth, Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base,
+                                              int64_t base_row) {
   using A = Accumulate<E>;
   constexpr int L = kLanes<A>;
   vec<A> sum[NR][MV];
@@ -50,14 +55,18 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
     for (int v = 0; v < MV; ++v) sum[i][v] = vec<A>{};
   }
 #pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
+  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
     vec<E> column[MV];
 #pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) column[v] = load(a + k * a_step + v * L);
+    for (int v = 0; v < MV; ++v) {
+      const T* from = a + v * L;
+      column[v] = load(from);
+      if (Ahead > 0 && v * L * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(from) + Ahead);
+    }
 #pragma GCC unroll 24
     for (int i = 0; i < NR; ++i) {
       // C[i][v] += B[i][k] * A[k][v]
-      vec<E> element = broadcast(b.data[i * b.row + k * b.step]);
+      vec<E> element = broadcast(b[i * b_row]);
 #pragma GCC unroll 8
       for (int v = 0; v < MV; ++v) sum[i][v] = multiply_add(element, column[v], sum[i][v]);
     }
@@ -65,25 +74,54 @@ HT_INLINE void multiply_block(Broadcast<E> b, const T* a, int64_t a_step, int64_
 #pragma GCC unroll 24
   for (int i = 0; i < NR; ++i) {
 #pragma GCC unroll 8
-    for (int v = 0; v < MV; ++v) {
-      A* to = c + i * c_row + v * L;
-      store(to, Add ? load(to) + sum[i][v] : sum[i][v]);  // depth is summed on its own, then added: less rounding
-    }
+    for (int v = 0; v < MV; ++v)  // depth is summed on its own, then added: less rounding
+      store(c + i * c_row + v * L, Add ? load(base + i * base_row + v * L) + sum[i][v] : sum[i][v]);
   }
 }
 
-// All rows, MV vectors wide: whole blocks, then one of as many rows as are left.
-template <class E, int MV, bool Add, class T, int NR = kBlockRows<MV>>
-__attribute__((noinline)) void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
-                                             Accumulate<E>* c, int64_t c_row) {
-  for (; rows >= NR; rows -= NR) {
-    multiply_block<E, NR, MV, Add>(b, a, a_step, depth, c, c_row);
-    b.data += NR * b.row;
-    c += NR * c_row;
+// Rows of memory that the products' results will be stored to, soon. Other cores may hold these lines, written or read
+// as what was there before, so each block of rows asks for its own while it multiplies.
+struct Destination {
+  uintptr_t data = 0;                      // 0: unknown
+  int64_t row = 0, bytes = 0, number = 0;  // bytes from row to row, of a row, of a number
+
+  HT_INLINE Destination rows(int64_t first) const { return {data ? data + first * row : 0, row, bytes, number}; }
+  HT_INLINE Destination columns(int64_t first, int64_t n) const {
+    return {data ? data + first * number : 0, row, n * number, number};
+  }
+  HT_INLINE void expect(int rows) {
+    if (!data) return;
+    for (int i = 0; i < rows; ++i, data += row)
+      for (int64_t line = 0; line < bytes; line += 64) prefetch_to_write(reinterpret_cast<const void*>(data + line));
+  }
+};
+
+template <class E, int MV, bool Add, int Ahead, class T, int NR>
+__attribute__((noinline)) void multiply_row_blocks(int64_t rows, const E* b, int64_t b_row, int64_t b_step, const T* a,
+                                                   int64_t a_step, int64_t depth, Accumulate<E>* c, int64_t c_row,
+                                                   const Accumulate<E>* base, int64_t base_row, Destination to) {
+  for (; rows >= NR; rows -= NR, b += NR * b_row, c += NR * c_row, base += NR * base_row) {
+    to.expect(NR);
+    multiply_block<E, NR, MV, Add, Ahead>(b, b_row, b_step, a, a_step, depth, c, c_row, base, base_row);
   }
   if constexpr (NR > 1) {
-    if (rows) multiply_rows<E, MV, Add, T, NR - 1>(rows, b, a, a_step, depth, c, c_row);
+    if (rows)
+      multiply_row_blocks<E, MV, Add, Ahead, T, NR - 1>(rows, b, b_row, b_step, a, a_step, depth, c, c_row, base,
+                                                        base_row, to);
   }
+}
+// All rows, MV vectors wide: whole blocks, then one of as many rows as are left. base: see multiply_block.
+template <class E, int MV, class T>
+HT_INLINE void multiply_rows_onto(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
+                                  Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base, int64_t base_row) {
+  multiply_row_blocks<E, MV, true, 0, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, base,
+                                                         base_row, {});
+}
+template <class E, int MV, bool Add, int Ahead = 0, class T>
+HT_INLINE void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
+                             int64_t c_row, Destination to = {}) {
+  multiply_row_blocks<E, MV, Add, Ahead, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c,
+                                                            c_row, to);
 }
 
 // C is `vectors` vectors wide: in panels of two, or wider where rows are too few to keep the multipliers busy.
@@ -101,38 +139,41 @@ inline void multiply(int64_t rows, int64_t vectors, Broadcast<E> b, const T* a, 
 }
 
 // Dot products for few rows of A, where lanes along rows would stand empty: lanes run along the width, and L sums at a
-// time, of R rows with L / R rows of B, are added up by one transposition.
-//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C's rows c_row apart
-// B's rows come from memory, once, so they are read whole, one after the other, and asked for kAhead bytes before.
-template <class A, int R, class T>
-__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width, A* c,
-                                             int64_t c_row) {
-  constexpr int L = kLanes<A>, K = L / R, kAhead = 65536;
+// time, of R rows with L / R rows of B, are added up side by side.
+//   C[j][r] = sum_k B[j][k] * A[r][k]     j < n, r < R; A [R][pitch] with zeros past width, C [n][R]
+// B's rows come from memory, once, so they are read whole, one after the other; where the hardware does not foresee
+// that, they are asked for Ahead bytes before.
+template <class A, int R, int Ahead, class T>
+__attribute__((noinline)) void multiply_dots(int64_t n, Broadcast<T> b, const A* a, int64_t pitch, int64_t width,
+                                             A* c) {
+  constexpr int L = kLanes<A>, K = L / R, N = K > 1 ? 2 : 1;  // N rows of B at a time
   const int64_t whole = width / L * L;
   for (int64_t j = 0; j < n; j += K) {
     vec<A> sum[L];
 #pragma GCC unroll 16
-    for (int i = 0; i < K; ++i) {
-      const T* row = b.data + (j + i < n ? j + i : n - 1) * b.row;
-      vec<A> own[R] = {};
-      auto add = [&](vec<A> element, int64_t k) HT_LAMBDA {
+    for (int i = 0; i < K; i += N) {
+      const T* row[N];
+      vec<A> own[N][R] = {};
+      for (int u = 0; u < N; ++u) row[u] = b.data + least(j + i + u, n - 1) * b.row;
+      auto add = [&](int64_t k, auto part_of) HT_LAMBDA {
+        vec<A> element[N];
+        for (int u = 0; u < N; ++u) element[u] = part_of(row[u] + k);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) own[r] += element * load(a + r * pitch + k);
+        for (int r = 0; r < R; ++r) {
+          const vec<A> column = load(a + r * pitch + k);
+          for (int u = 0; u < N; ++u) own[u][r] += element[u] * column;
+        }
       };
       for (int64_t k = 0; k < whole; k += L) {
-        if (k * sizeof(T) % 64 == 0) __builtin_prefetch(reinterpret_cast<const char*>(row + k) + kAhead);
-        add(load(row + k), k);
+        for (int u = 0; Ahead && k * sizeof(T) % 64 == 0 && u < N; ++u)
+          __builtin_prefetch(reinterpret_cast<const char*>(row[u] + k) + Ahead);
+        add(k, [](const T* p) HT_LAMBDA { return load(p); });
       }
-      if (whole < width) add(load_first(row + whole, width - whole), whole);
+      if (whole < width) add(whole, [&](const T* p) HT_LAMBDA { return load_first(p, width - whole); });
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) sum[i * R + r] = own[r];
+      for (int at = 0; at < N * R; ++at) sum[i * R + at] = own[at / R][at % R];
     }
-    transpose<A>(sum);
-    vec<A> total = {};
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) total += sum[i];
-    for (int i = 0; i < K && j + i < n; ++i)
-      for (int r = 0; r < R; ++r) c[(j + i) * c_row + r] = total[i * R + r];
+    store_first(c + j * R, sum_each<A>(sum), (n - j) * R);
   }
 }
 

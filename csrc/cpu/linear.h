@@ -26,32 +26,32 @@ struct DropoutFactors {
 
 // sums [n] of row r, columns from c on, to y. Sums and everything before the last rounding are A.
 template <class T>
-void finish_row(const LinearForward& p, int64_t r, int64_t c, int64_t n, Accumulate<T>* sums) {
+void finish_row(const LinearForward& p, int64_t r, int64_t c, int64_t n, const Accumulate<T>* sums) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  auto each = [&](auto step) HT_LAMBDA {
-    for (int64_t i = 0; i < n; i += L) step(i);
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + c : nullptr;
+  const T* residual = p.residual.data ? row_of<T>(p.residual, r) + c : nullptr;
+  T* z = p.preactivation ? static_cast<T*>(p.preactivation) + r * p.out + c : nullptr;
+  T* y = static_cast<T*>(p.output) + r * p.out + c;
+  auto finish = [&](auto f, const A* factor) HT_LAMBDA {
+    for (int64_t i = 0; i < n; i += L) {
+      vec<A> v = load(sums + i);
+      if (bias) v += load_first(bias + i, n - i);
+      if (z) store_first(z + i, v, n - i);
+      v = f.value(v);
+      if (factor) v *= load(factor + i);
+      if (residual) v += load_first(residual + i, n - i);
+      store_first(y + i, v, n - i);
+    }
   };
-  if (p.bias) {
-    const T* bias = static_cast<const T*>(p.bias) + c;
-    each([&](int64_t i) HT_LAMBDA { store(sums + i, load(sums + i) + load_first(bias + i, n - i)); });
-  }
-  if (p.preactivation) store_row<T>(p.preactivation, p.out, r, c, n, sums);
-  if (p.activation != Activation::none) {
-    with_activation(p.activation, [&](auto f) HT_LAMBDA {
-      each([&](int64_t i) HT_LAMBDA { store(sums + i, f.value(load(sums + i))); });
-    });
-  }
-  if (p.dropout.p > 0) {
-    DropoutFactors<A> factors;
-    const A* factor = factors.of(r, c, n, p.dropout);
-    each([&](int64_t i) HT_LAMBDA { store(sums + i, load(sums + i) * load(factor + i)); });
-  }
-  if (p.residual.data) {
-    const T* residual = row_of<T>(p.residual, r) + c;
-    each([&](int64_t i) HT_LAMBDA { store(sums + i, load(sums + i) + load_first(residual + i, n - i)); });
-  }
-  store_row<T>(p.output, p.out, r, c, n, sums);
+  with_activation(p.activation, [&](auto f) HT_LAMBDA {
+    if (p.dropout.p > 0) {
+      DropoutFactors<A> factors;
+      finish(f, factors.of(r, c, n, p.dropout));
+    } else {
+      finish(f, nullptr);
+    }
+  });
 }
 
 // y of rows first to first + R; those that do not exist are computed as zeros and not stored.
@@ -60,6 +60,7 @@ void linear_few_rows(const LinearForward& p, int64_t first) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>, kColumns = kLinearPanel;
   constexpr int64_t kBlock = 4096 / R;  // numbers of x's rows that are used at a time, so that they stay in L1
+  constexpr int kAhead = 65536;         // bytes
   const int64_t pitch = (p.in + L - 1) / L * L, rows = least(R, p.rows - first);
   Scratch<A> x(R * pitch);
   __builtin_memset(x.data, 0, R * pitch * sizeof(A));
@@ -72,8 +73,8 @@ void linear_few_rows(const LinearForward& p, int64_t first) {
     const int64_t column = piece * kColumns, n = least(kColumns, p.out - column);
     const T* weight = static_cast<const T*>(p.weight) + column * p.weight_row;
     for (int64_t k = 0; k < p.in; k += kBlock) {
-      multiply_dots<A, R>(n, Broadcast<T>{weight + k, p.weight_row, 1}, x.data + k, pitch, least(kBlock, p.in - k),
-                          dots[0], R);
+      multiply_dots<A, R, kAhead>(n, Broadcast<T>{weight + k, p.weight_row, 1}, x.data + k, pitch,
+                                  least(kBlock, p.in - k), dots[0]);
       for (int64_t i = 0; i < n; ++i)
         for (int64_t r = 0; r < R; ++r) sums[r][i] += dots[i][r];
     }
@@ -94,7 +95,7 @@ void linear_forward_in(const LinearForward& p) {
     }
     return;
   }
-  product_of<T>(p.rows, p.out, p.in, p.packed, LeftRows<T>{p.input, p.in},
+  product_of<T>(p.rows, p.out, p.in, p.packed, LeftRows<T>{p.input, p.in}, rows_to<T>(p.output, p.out),
                 [&](int64_t r, int64_t c, int64_t n, A* sums) { finish_row<T>(p, r, c, n, sums); });
 }
 

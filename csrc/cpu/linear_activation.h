@@ -1,6 +1,6 @@
 // Activations of the linear family and their derivatives, on vectors of float or double.
 //
-//   gelu(z)      = z Phi(z),               gelu'(z) = Phi(z) + z phi(z),     Phi(z) = (1 + erf(z / sqrt 2)) / 2
+//   gelu(z)      = z Phi(z),               gelu'(z) = Phi(z) + z phi(z),     Phi(z) = 1 - Phi(-z),  phi(z) = phi(-z)
 //   gelu_tanh(z) = z (1 + tanh u) / 2,     u = sqrt(2 / pi) (z + 0.044715 z^3)
 //   silu(z)      = z s(z),                 silu'(z) = s (1 + z (1 - s)),     s(z) = 1 / (1 + e^-z)
 #pragma once
@@ -37,17 +37,14 @@ struct Relu {
 
 struct Gelu {
   template <class V>
-  static HT_INLINE V normal_cdf(V z) {
-    return 0.5f + 0.5f * erf(z * Lane<V>(0.7071067811865476));
-  }
-  template <class V>
   static HT_INLINE V value(V z) {
-    return z * normal_cdf(z);
+    const V tail = normal_tail(absolute(z));
+    return z * (z < 0 ? tail : 1 - tail);
   }
   template <class V>
   static HT_INLINE V slope(V z) {
-    using A = Lane<V>;
-    return normal_cdf(z) + z * (A(0.3989422804014327) * exponential(A(-0.5) * z * z));
+    const V tail = normal_tail_slope(absolute(z));
+    return z < 0 ? tail : 1 - tail;
   }
 };
 

@@ -95,12 +95,12 @@ void linear_backward_in(const LinearBackward& p) {
   const StridedRows dz = p.grad_preactivation ? rows_of(p.grad_preactivation, p.out) : p.grad_output;
   if (p.grad_input) {
     pack_all_steps<T>(rows_of(p.weight, p.weight_row), p.in, p.out, p.packed_weight);
-    product_of<T>(p.rows, p.in, p.out, p.packed_weight, LeftRows<T>{dz, p.out},
+    product_of<T>(p.rows, p.in, p.out, p.packed_weight, LeftRows<T>{dz, p.out}, rows_to<T>(p.grad_input, p.in),
                   [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_input, p.in, r, c, n, sums); });
   }
   if (p.grad_weight) {
     pack_all_steps<T>(p.input, p.in, p.rows, p.packed_input);
-    product_of<T>(p.out, p.in, p.rows, p.packed_input, LeftColumns<T>{dz, p.rows},
+    product_of<T>(p.out, p.in, p.rows, p.packed_input, LeftColumns<T>{dz, p.rows}, rows_to<T>(p.grad_weight, p.in),
                   [&](int64_t r, int64_t c, int64_t n, A* sums) { store_row<T>(p.grad_weight, p.in, r, c, n, sums); });
   }
 }

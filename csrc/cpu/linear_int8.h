@@ -23,6 +23,7 @@ inline constexpr int64_t kQuadsAhead = 64 * 1024 / sizeof(quad);  // asked for b
 template <class E>
 struct ConvertedPanels {
   static constexpr int64_t kBuffer = kBlockSteps * kLinearPanel;
+  static constexpr int kAhead = 0;
   static constexpr int64_t kSteps = 4 / kPack<E>;  // of E in a quad
   const quad* data;
   int64_t quads;  // of a panel, the sums of its columns included
@@ -198,7 +199,7 @@ void linear_int8_in(const LinearInt8& p) {
   if (p.quantized) {
     quantize_rows<T>(p);
     const QuantizedRows rows{static_cast<const quad*>(p.quantized), linear_quantized_row(p.in)};
-    product<quad>(p.rows, p.out, quads, PackedPanels<quad>{packed, quads + 1}, rows,
+    product<quad>(p.rows, p.out, quads, PackedPanels<quad>{packed, quads + 1}, rows, rows_to<T>(p.output, p.out),
                   [&](int64_t r, int64_t c, int64_t n, int32_t* sums) {
                     alignas(64) float values[kMostColumns];
                     dequantize_row(p, r, c, n, sums, values);
@@ -209,6 +210,7 @@ void linear_int8_in(const LinearInt8& p) {
   if (p.rows <= kFewRows<T>) return int8_few_rows<T>(p);
   using E = Factor<T>;
   product<E>(p.rows, p.out, steps_of<T>(p.in), ConvertedPanels<E>{packed, quads + 1}, LeftRows<T>{p.input, p.in},
+             rows_to<T>(p.output, p.out),
              [&](int64_t r, int64_t c, int64_t n, float* sums) { scale_and_finish<T>(p, r, c, n, sums); });
 }
 

@@ -83,14 +83,14 @@ struct LeftColumns {
 };
 
 // All columns of a panel: four vectors at a time where rows are too few to keep the multipliers busy with two.
-template <class E, class S>
-HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t steps, Accumulate<E>* c,
-                              int64_t pitch) {
+template <class E, int Ahead, class S>
+HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t steps, Accumulate<E>* c, int64_t pitch,
+                              Destination to) {
   constexpr int L = kLanes<Accumulate<E>>;
   auto by = [&](auto vectors) HT_LAMBDA {
     constexpr int MV = vectors;
     for (int64_t v = 0; v < kLinearPanel; v += MV * L)
-      multiply_rows<E, MV, true>(rows, b, a + v, kLinearPanel, steps, c + v, pitch);
+      multiply_rows<E, MV, true, Ahead>(rows, b, a + v, kLinearPanel, steps, c + v, pitch, to.columns(v, MV * L));
   };
   if (rows <= kBlockRows<4>)
     by(std::integral_constant<int, 4>());
@@ -102,6 +102,7 @@ HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t 
 template <class S>
 struct PackedPanels {
   static constexpr int64_t kBuffer = 0;
+  static constexpr int kAhead = 16384;  // bytes: the fewer the rows, the more of the time a panel is on its way
   const S* data;
   int64_t steps;  // of a panel
 
@@ -111,9 +112,10 @@ struct PackedPanels {
   }
 };
 
-// finish(r, c, n, sums): row r of C, n columns from c on; sums may be overwritten.
+// finish(r, c, n, sums): row r of C, n columns from c on; sums may be overwritten. It will store to `to`, where
+// that is known.
 template <class E, class Panels, class Left, class Finish>
-void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels, const Left& left,
+void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels, const Left& left, Destination to,
              const Finish& finish) {
   using A = Accumulate<E>;
   constexpr int L = kLanes<A>;
@@ -137,7 +139,10 @@ void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels,
       const Broadcast<E> b = left.block(r, n, s, now, left_buffer);
       for (int64_t panel = 0; panel < own; ++panel) {
         const auto* a = panels.block(group + panel, s, now, buffer);
-        multiply_panel(n, b, a, now, c + panel * kLinearPanel, pitch);
+        const int64_t column = (group + panel) * kLinearPanel;
+        const bool last = s + now == steps && column + kLinearPanel <= columns;
+        multiply_panel<E, Panels::kAhead>(n, b, a, now, c + panel * kLinearPanel, pitch,
+                                          last ? to.rows(r).columns(column, kLinearPanel) : Destination());
       }
     }
     const int64_t first = group * kLinearPanel;
@@ -147,11 +152,17 @@ void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels,
 
 // With a packed matrix of T.
 template <class T, class Left, class Finish>
-void product_of(int64_t rows, int64_t columns, int64_t depth, const void* packed, const Left& left,
+void product_of(int64_t rows, int64_t columns, int64_t depth, const void* packed, const Left& left, Destination to,
                 const Finish& finish) {
   const int64_t steps = steps_of<T>(depth);
   product<Factor<T>>(rows, columns, steps, PackedPanels<Stored<T>>{static_cast<const Stored<T>*>(packed), steps}, left,
-                     finish);
+                     to, finish);
+}
+
+// Of a contiguous [*, columns] tensor.
+template <class T>
+inline Destination rows_to(void* data, int64_t columns) {
+  return {reinterpret_cast<uintptr_t>(data), columns * int64_t(sizeof(T)), 0, int64_t(sizeof(T))};
 }
 
 // Row r of a contiguous [*, columns] tensor from c on.

@@ -1,7 +1,8 @@
 #include "../rnn.h"
 
 #include "kernels.h"
-#include "rnn_forward.h"
+#include "rnn_backward_normalised.h"
+#include "rnn_forward_normalised.h"
 #include "rnn_gradients.h"
 #include "rnn_pack.h"
 

@@ -7,70 +7,13 @@
 //     tell the others, and wait for them
 //     each panel:                             dh = what the cell passed on + d * W_h      (own columns of W_h)
 // What is exchanged is d, not partial sums of dh: so the order of every sum is that of W_h's rows.
-// With a projection a first half of the step makes dh of the projection's panels and what they pass on through W_r.
+// Where rows are normalised, d are gradients of the rows of W_x x and of W_h h. Slices also meet before them, where
+// they know the gradients of what the gates are of, and, of the LSTM, before these, for c'. With a projection a first
+// half of the step makes dh of the projection's panels and what they pass on through W_r.
 #pragma once
-#include "rnn_step.h"
-#include "rnn_team.h"
+#include "rnn_backward_layer.h"
 
 namespace handtuned::HANDTUNED_ISA {
-
-// Slot of the gradient that goes through gate g's rows of W_h.
-HT_INLINE int64_t state_slot(RnnCell cell, int64_t g) { return cell == RnnCell::gru && g == 2 ? 3 : g; }
-
-template <class E, class T>
-struct LayerBackward {
-  using A = Accumulate<E>;
-  using O = Operand<E>;
-
-  const RnnBackward& p;
-  int64_t layer;
-  const A* grad_output;  // [rows][directions * state] of the layer above, nullptr: the caller's
-  const A* output;       // of the forward, [rows][directions * state]
-  const A* keep[2];
-  const T *wx[2], *wh[2], *wr[2];  // of each direction, as the caller has them; wh under its dropout
-  const T* peepholes[2];
-  const A* masks;  // of the states that W_h multiplied, as in the forward
-  BackLoop<A, O> back;
-  int64_t steps;
-  O* ring;       // [direction][2][batch][slots * pitch]
-  O* r_ring;     // [direction][batch][r_pitch]: gradient of the projection at a step
-  O* gates[2];   // [rows][slots * pitch]: d
-  O* grad_r[2];  // [rows][r_pitch]: gradient of the projection
-
-  bool projects() const { return p.state != p.hidden; }
-  int64_t pitch() const { return whole<E>(p.hidden); }
-  int64_t r_pitch() const { return whole<E>(p.state); }
-  int64_t slots() const { return slots_of(p.cell) * pitch(); }
-  // Whether the rows of a step lie apart, so that a product needs them brought together.
-  bool scatters(int64_t direction) const { return direction == 1 && p.lengths; }
-  const A* kept_cell(int64_t direction, int64_t row) const {  // c after a step
-    return keep[direction] + ((row + 1) * rnn_kept(p) - 1) * p.hidden;
-  }
-  O* ring_row(int64_t direction, int64_t step, int64_t place) const {
-    return ring + ((direction * 2 + (step & 1)) * p.batch + place) * slots();
-  }
-  // d of all places at a step, one row after the other.
-  const O* d_rows(int64_t direction, int64_t step) const {
-    return scatters(direction) ? ring_row(direction, step, 0)
-                               : gates[direction] + row_of(p, direction, step, 0) * slots();
-  }
-  const A* mask(int64_t direction, int64_t place) const {
-    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
-  }
-  O* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * r_pitch(); }
-};
-
-// What a slice keeps of its part. Without a projection the panels of the state are those of the hidden units.
-template <class E>
-struct BackwardPart : Part {
-  // [panels of the state][batch][4 L], [panels of hidden units][batch][4 L]
-  Accumulate<E>*dh, *dc;
-  Accumulate<E>* around;     // like dh: the gradient that zoneout leads past a step to the state before it
-  Accumulate<E>* peepholes;  // [panels of hidden units][kPeepholes][4 L]
-  Shares<Accumulate<E>> zone_h, zone_c;
-  // As elements: W_h's columns [panels of the state][gates * pitch][4 L], W_r's [panels of hidden units][r_pitch][4 L]
-  E *wh, *wr;
-};
 
 template <class E, class T>
 class BackwardTask {
@@ -87,6 +30,9 @@ class BackwardTask {
     around_ = arena_.template take<A>(p_.batch * W);
     sums_ = arena_.template take<A>(p_.batch * W);
     row_ = arena_.template take<int64_t>(p_.batch);
+    place_ = arena_.template take<int64_t>(p_.batch);
+    for (int64_t i = 0; i < p_.batch; ++i) place_[i] = i;
+    for (A*& mean : means_) mean = arena_.template take<A>(rnn_row_pitch(p_.batch));
     for (int i = 0; i < count_; ++i) {
       Slice& part = parts_[i];
       part.dh = arena_.template take<A>(state_panels(part) * p_.batch * W);
@@ -95,6 +41,7 @@ class BackwardTask {
       part.peepholes = arena_.template take<A>((part.end - part.begin) * rnn_peepholes(p_) * W);
       if (const int64_t n = cover_h(part)) part.zone_h.data = arena_.template take<A>(n);
       if (const int64_t n = cover_c(part)) part.zone_c.data = arena_.template take<A>(n);
+      if (p_.layer_norm) take_normed(part);
       part.wh = arena_.template take<E>(state_panels(part) * wh_elements());
       part.wr = arena_.template take<E>(y_.projects() ? (part.end - part.begin) * wr_elements() : 0);
     }
@@ -105,11 +52,12 @@ class BackwardTask {
     for (int i = 0; i < count_; ++i) take_weights(parts_[i]), begin(parts_[i]);
     for (int64_t s = y_.steps - 1; s >= 0; --s) {
       for (int i = 0; i < count_; ++i) take_gradient(parts_[i], s);
-      if (y_.projects()) {
-        team_.finish_phase();
-        team_.wait(others);
+      if (y_.projects()) meet(others);
+      if (p_.layer_norm) {
+        step_normalised(s, others);
+      } else {
+        for (int i = 0; i < count_; ++i) step(parts_[i], s);
       }
-      for (int i = 0; i < count_; ++i) step(parts_[i], s);
       team_.finish_phase();
       if (s == 0 && !p_.grad_h0) break;
       team_.wait(others);
@@ -119,6 +67,10 @@ class BackwardTask {
   }
 
  private:
+  void meet(Others others) {
+    team_.finish_phase();
+    team_.wait(others);
+  }
   // Of one panel.
   int64_t wh_elements() const { return gates_of(p_.cell) * y_.pitch() / kPack<E> * W; }
   int64_t wr_elements() const { return y_.r_pitch() / kPack<E> * W; }
@@ -137,7 +89,8 @@ class BackwardTask {
   // Fills parts_; returns the bytes that they need.
   size_t find_parts() {
     const int64_t panels = (p_.hidden + W - 1) / W, r_panels = y_.projects() ? (p_.state + W - 1) / W : 0;
-    size_t bytes = 4 * Arena::bytes_of<A>(p_.batch * W) + Arena::bytes_of<int64_t>(p_.batch);
+    size_t bytes = 4 * Arena::bytes_of<A>(p_.batch * W) + 2 * Arena::bytes_of<int64_t>(p_.batch) +
+                   4 * Arena::bytes_of<A>(rnn_row_pitch(p_.batch));
     for (int i = 0; i < team_.count(); ++i) {
       Part found[2];
       const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
@@ -147,7 +100,7 @@ class BackwardTask {
         static_cast<Part&>(part) = found[j];
         bytes += Arena::bytes_of<A>(zones_h() * state_panels(part) * p_.batch * W) +
                  Arena::bytes_of<A>(own * rnn_peepholes(p_) * W) + Arena::bytes_of<A>(cover_h(part)) +
-                 Arena::bytes_of<A>(cover_c(part));
+                 Arena::bytes_of<A>(cover_c(part)) + normed_bytes(own);
         bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<E>(y_.projects() ? own * wr_elements() : 0) +
                  Arena::bytes_of<A>(state_panels(found[j]) * p_.batch * W) +
                  Arena::bytes_of<E>(state_panels(found[j]) * wh_elements());
@@ -258,43 +211,85 @@ class BackwardTask {
   // d of own panels.
   void step(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
-    for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
-    part.zone_c.draw(p_, RnnDraw::cell_zoneout, p_.cell_zoneout, y_.layer * p_.directions + d, s, n);
-    // What a step of the simple cells left is its output, unless zoneout parts the two.
-    const bool in_output = rnn_kept(p_) == 0;
-    const A* keep = in_output ? y_.output + d * p_.state : y_.keep[d];
-    const int64_t keep_row = in_output ? p_.directions * p_.state : rnn_kept(p_) * p_.hidden;
+    find_rows(part, s, n);
     for (int64_t i = part.begin; i < part.end; ++i) {
-      const int64_t own = i - part.begin;
-      A *dh = part.dh + own * p_.batch * W, *dc = part.dc + own * p_.batch * W;
-      if (y_.projects()) {
-        // gradient of what is projected = dh * W_r
-        dh = m_;
-        for (int64_t j = 0; j < n * W; j += L) store(dh + j, vec<A>{});
-        const Broadcast<E> gradient{reinterpret_cast<const E*>(y_.r_row(d, 0)), y_.r_pitch() / kPack<E>, 1};
-        multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, dh);
-      }
-      for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
-      for (int64_t place = 0; place < n && p_.grad_cells.data && y_.layer + 1 == p_.layers; ++place) {
-        const T* row = caller_row<const T>(p_, p_.grad_cells, time_of(p_, d, s, place), place) + d * p_.hidden;
-        A* to = dc + place * W;
-        each_vector(i, p_.hidden, [&](int64_t v, int64_t unit, int64_t left) {
-          store(to + v * L, load(to + v * L) + load_first(row + unit, left));
-        });
-      }
-      part_ways(part.zone_c, n, i, dc, around_);
-      y_.back({p_, n, keep, keep_row, row_, part.peepholes + own * rnn_peepholes(p_) * W, state_, dh, dc, y_.gates[d],
-               y_.pitch(), i * W});
-      rejoin(part.zone_c, n, around_, dc);
-      if (!y_.projects()) rejoin(part.zone_h, n, part.around + own * p_.batch * W, dh);
+      BackCall<A, O> call = call_of<O>(part, n, i, gradient_of_h(part, n, i, m_));
+      call.gates = y_.gates[d], call.to = row_, call.pitch = y_.pitch();
+      go_back(part, s, i, y_.back, call);
       for (int64_t place = 0; place < n && y_.scatters(d); ++place) bring_together(d, s, place, i);
     }
   }
 
+  void find_rows(Slice& part, int64_t s, int64_t n) {
+    const int64_t d = part.direction;
+    for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
+    part.zone_c.draw(p_, RnnDraw::cell_zoneout, p_.cell_zoneout, y_.layer * p_.directions + d, s, n);
+  }
+
+  // The gradient of what the cells give, of panel i: that of h, or with a projection that * W_r in `room`.
+  A* gradient_of_h(Slice& part, int64_t n, int64_t i, A* room) {
+    const int64_t own = i - part.begin;
+    if (!y_.projects()) return part.dh + own * p_.batch * W;
+    const Broadcast<E> gradient{reinterpret_cast<const E*>(y_.r_row(part.direction, 0)), y_.r_pitch() / kPack<E>, 1};
+    multiply_panel(n, gradient, part.wr + own * wr_elements(), 4, y_.r_pitch() / kPack<E>, room, kZeros<A>, 0);
+    return room;
+  }
+
+  // But for where d goes.
+  template <class To>
+  BackCall<A, To> call_of(const Slice& part, int64_t n, int64_t i, A* dh) const {
+    // What a step of the simple cells left is its output, unless zoneout parts the two.
+    const bool in_output = rnn_kept(p_) == 0;
+    const A* keep = in_output ? y_.output + part.direction * p_.state : y_.keep[part.direction];
+    const int64_t keep_row = in_output ? p_.directions * p_.state : rnn_kept(p_) * p_.hidden, own = i - part.begin;
+    return {p_,
+            n,
+            keep,
+            keep_row,
+            row_,
+            part.peepholes + own * rnn_peepholes(p_) * W,
+            nullptr,
+            nullptr,
+            state_,
+            dh,
+            part.dc + own * p_.batch * W,
+            nullptr,
+            nullptr,
+            0,
+            i * W};
+  }
+
+  template <class To>
+  void go_back(Slice& part, int64_t s, int64_t i, BackLoop<A, To> back, const BackCall<A, To>& call) {
+    const int64_t n = call.rows, d = part.direction;
+    for (int64_t place = 0; place < n; ++place) take_state(d, s, place, i);
+    for (int64_t place = 0; place < n && p_.grad_cells.data && y_.layer + 1 == p_.layers; ++place) {
+      const T* row = caller_row<const T>(p_, p_.grad_cells, time_of(p_, d, s, place), place) + d * p_.hidden;
+      A* to = call.dc + place * W;
+      each_vector(i, p_.hidden, [&](int64_t v, int64_t unit, int64_t left) {
+        store(to + v * L, load(to + v * L) + load_first(row + unit, left));
+      });
+    }
+    part_ways(part.zone_c, n, i, call.dc, around_);
+    back(call);
+    rejoin(part.zone_c, n, around_, call.dc);
+    if (!y_.projects()) rejoin(part.zone_h, n, part.around + (i - part.begin) * p_.batch * W, call.dh);
+  }
+
+  // Where rows are normalised: rnn_backward_normalised.h.
+  int64_t normed_bytes(int64_t own) const;
+  void take_normed(Slice& part);
+  void give_sums(const Slice& part);
+  void step_normalised(int64_t s, Others others);
+  void begin_normalised(Slice& part, int64_t s, int64_t n);
+  void back_normalised(Slice& part, int64_t s, int64_t n);
+  void give_normalised(Slice& part, int64_t s, int64_t n);
+  A* room_of(Slice& part, int64_t i) const { return part.m + (i - part.begin) * p_.batch * W; }
+
   // Own panel of a row of d into the ring.
   void bring_together(int64_t d, int64_t s, int64_t place, int64_t panel) {
     const int64_t n = least(W, y_.pitch() - panel * W);
-    for (int64_t slot = 0; slot < slots_of(p_.cell); ++slot) {
+    for (int64_t slot = 0; slot < slots_of(p_); ++slot) {
       const int64_t at = slot * y_.pitch() + panel * W;
       __builtin_memcpy(y_.ring_row(d, s, place) + at, y_.gates[d] + row_[place] * y_.slots() + at, n * sizeof(O));
     }
@@ -318,23 +313,24 @@ class BackwardTask {
     take(cell ? y_.kept_cell(d, row) : y_.output + (row * p_.directions + d) * p_.state);
   }
 
-  // dh of own panels += d * W_h, under the mask of the states.
+  // dh of own panels += d * W_h, under the mask of the states; with a projection nothing was left in dh.
   void pass_on(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
     for (int64_t i = 0; i < state_panels(part); ++i) {
       A *dh = part.dh + i * p_.batch * W, *sums = y_.masks ? sums_ : dh;
-      for (int64_t j = 0; j < n * W && y_.projects(); j += L) store(dh + j, vec<A>{});
-      for (int64_t j = 0; j < n * W && y_.masks; j += L) store(sums + j, vec<A>{});
+      const bool anew = y_.projects() || y_.masks;
       for (int64_t g = 0; g < gates; ++g) {
-        const O* from = y_.d_rows(d, s) + state_slot(p_.cell, g) * y_.pitch();
+        const O* from = y_.d_rows(d, s) + state_slot(p_, g) * y_.pitch();
         const Broadcast<E> gradient{reinterpret_cast<const E*>(from), y_.slots() / kPack<E>, 1};
         const int64_t depth = y_.pitch() / kPack<E>;
-        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, sums);
+        multiply_panel(n, gradient, part.wh + i * wh_elements() + g * depth * W, 4, depth, sums,
+                       anew && g == 0 ? kZeros<A> : sums, anew && g == 0 ? 0 : W);
       }
       for (int64_t place = 0; place < n && y_.masks; ++place)
         each_vector(state_begin(part) + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
           const int64_t at = place * W + v * L;
-          store(dh + at, load(dh + at) + load(sums + at) * load(y_.mask(d, place) + unit));
+          const vec<A> through = load(sums + at) * load(y_.mask(d, place) + unit);
+          store(dh + at, y_.projects() ? through : load(dh + at) + through);
         });
       if (y_.projects()) rejoin(part.zone_h, n, part.around + i * p_.batch * W, dh);
     }
@@ -342,6 +338,7 @@ class BackwardTask {
 
   // Gradients of the initial states.
   void end(const Slice& part) {
+    if (p_.layer_norm && y_.grads[part.direction]) give_sums(part);
     auto give = [&](void* to, int64_t width, int64_t panel, const A* from) {
       for (int64_t place = 0; place < p_.batch && to; ++place, from += W) {
         T* row = static_cast<T*>(to) + state_row(part.direction, place) * width;
@@ -362,7 +359,8 @@ class BackwardTask {
   Slice parts_[2 * kMostSlices];
   Arena arena_;
   A *m_, *state_, *around_, *sums_;
-  int64_t* row_;
+  A* means_[4];            // of rows that are normalised
+  int64_t *row_, *place_;  // place_: 0, 1, ..
 };
 
 }  // namespace handtuned::HANDTUNED_ISA

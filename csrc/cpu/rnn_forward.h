@@ -9,61 +9,11 @@
 // The ring has two places: whoever writes one has seen that everybody is done with reading it.
 // Panels are taken from the first to the last and back in turns, from call to call where a sequence is of one step: of
 // weights that are larger than a cache, what was read last is still in it. A single step makes X panel by panel.
+// Where rows are normalised, slices also meet once all X and S are there, and once all c are.
 #pragma once
-#include "rnn_step.h"
-#include "rnn_team.h"
+#include "rnn_forward_layer.h"
 
 namespace handtuned::HANDTUNED_ISA {
-
-// The weights of one direction, in panels.
-template <class A, class T>
-struct DirectionWeights {
-  const T *x, *h, *r;
-  const A *x_bias, *h_bias;  // [panels][vectors][L]
-  const A* peepholes;        // [kPeepholes][pitch]
-};
-
-template <class E, class T>
-struct LayerForward {
-  using A = Accumulate<E>;
-  using O = Operand<E>;
-
-  const RnnForward& p;
-  int64_t layer;
-  const A* input;  // [rows][width] of the layer below, nullptr: the caller's
-  A* output;       // [rows][directions * state], nullptr: the caller's alone
-  bool last;       // output goes to the caller
-  A* keep[2];      // of each direction, nullptr: nothing to keep
-  GateLoop<A> gates;
-  PanelShape wx, wh, wr;
-  DirectionWeights<A, T> weights[2];
-  int64_t steps;    // in which some row runs
-  int64_t stretch;  // steps whose X is made ahead
-  bool turned;      // panels are taken from the last to the first in the first step
-  O* ring;          // [direction][2][batch][state]: h of the last two steps
-  O* m_ring;        // [direction][batch][hidden]: what is to be projected
-  A* masks;         // [direction][batch][pitch] on h for W_h, nullptr: none
-
-  bool projects() const { return p.state != p.hidden; }
-  O* h_row(int64_t direction, int64_t step, int64_t place) const {  // h after `step`
-    return ring + ((direction * 2 + (step & 1)) * p.batch + place) * round_up(p.state, 2);
-  }
-  const A* mask(int64_t direction, int64_t place) const {
-    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
-  }
-  O* m_row(int64_t direction, int64_t place) const {
-    return m_ring + (direction * p.batch + place) * round_up(p.hidden, 2);
-  }
-};
-
-// What a slice keeps of its part.
-template <class A>
-struct ForwardPart : Part {
-  A *h, *c;  // [panels][batch][units]; h is what is to be projected where there is a projection
-  A* r;      // [projection's panels][batch][units]: the state where there is one
-  A* x;      // [panels][rows of a stretch][vectors][L]
-  Shares<A> zone_h, zone_c;
-};
 
 // One task's share of a layer.
 template <class E, class T>
@@ -89,6 +39,11 @@ class ForwardTask {
       parts_[i].c = arena_.template take<A>(panels * p_.batch * units());
       parts_[i].r = arena_.template take<A>((parts_[i].r_end - parts_[i].r_begin) * p_.batch * units_of<A>(y_.wr));
       parts_[i].x = arena_.template take<A>(panels * stretch_rows() * columns_);
+      parts_[i].s = arena_.template take<A>(p_.layer_norm * panels * p_.batch * columns_);
+      for (int which = 0; which < 3; ++which) {
+        parts_[i].mean[which] = arena_.template take<A>(moments(which));
+        parts_[i].rstd[which] = arena_.template take<A>(moments(which));
+      }
       if (const int64_t n = cover_h(parts_[i])) parts_[i].zone_h.data = arena_.template take<A>(n);
       if (const int64_t n = cover_c(parts_[i])) parts_[i].zone_c.data = arena_.template take<A>(n);
     }
@@ -101,10 +56,13 @@ class ForwardTask {
       if (y_.steps > 1 && s % y_.stretch == 0)
         for (int i = 0; i < count_; ++i) project_input(parts_[i], s, least(s + y_.stretch, y_.steps));
       if (s > 0) team_.wait(others);
-      for (int i = 0; i < count_; ++i) step(parts_[i], s);
+      if (p_.layer_norm) {
+        step_normalised(s, others);
+      } else {
+        for (int i = 0; i < count_; ++i) step(parts_[i], s);
+      }
       if (y_.projects()) {
-        team_.finish_phase();
-        team_.wait(others);
+        meet(others);
         for (int i = 0; i < count_; ++i) project_state(parts_[i], s);
       }
       team_.finish_phase();
@@ -114,6 +72,11 @@ class ForwardTask {
  private:
   int64_t units() const { return units_of<A>(y_.wh); }
   int64_t stretch_rows() const { return y_.stretch * p_.batch; }
+  int64_t moments(int which) const { return p_.layer_norm ? rnn_row_pitch(which ? p_.batch : stretch_rows()) : 0; }
+  void meet(Others others) {
+    team_.finish_phase();
+    team_.wait(others);
+  }
   int64_t cover_h(ForwardPart<A>& part) const {
     const int64_t units = units_of<A>(state_shape());
     return part.zone_h.cover(p_, p_.zoneout, state_begin(part) * units, state_end(part) * units);
@@ -143,7 +106,9 @@ class ForwardTask {
         bytes += 2 * Arena::bytes_of<A>(own * p_.batch * units()) +
                  Arena::bytes_of<A>((part.r_end - part.r_begin) * p_.batch * units_of<A>(y_.wr)) +
                  Arena::bytes_of<A>(own * stretch_rows() * y_.wh.vectors() * L) + Arena::bytes_of<A>(cover_h(part)) +
-                 Arena::bytes_of<A>(cover_c(part));
+                 Arena::bytes_of<A>(cover_c(part)) +
+                 Arena::bytes_of<A>(p_.layer_norm * own * p_.batch * y_.wh.vectors() * L) +
+                 2 * Arena::bytes_of<A>(moments(0)) + 4 * Arena::bytes_of<A>(moments(1));
       }
     }
     return bytes;
@@ -182,20 +147,30 @@ class ForwardTask {
 
   // X = W_x x + b_x for the steps [from, to), own panels.
   void project_input(ForwardPart<A>& part, int64_t from, int64_t to) {
-    const int64_t rows = take_input(part.direction, from, to);
-    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows);
+    const int64_t rows = first_row(p_, to) - first_row(p_, from);
+    const Broadcast<E> x = take_input(part.direction, from, to);
+    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows, x);
   }
-  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows) {
-    const Broadcast<E> x{reinterpret_cast<const E*>(rows_), round_up(y_.wx.in, 2) / kPack<E>, 1};
+  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows, Broadcast<E> x) {
     A* sums = part.x + own * stretch_rows() * columns_;
     const A* bias = weights(part.direction).x_bias + (part.begin + own) * columns_;
-    for (int64_t r = 0; r < rows; ++r) fill_row(sums + r * columns_, bias, columns_);
-    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums);
+    multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums, bias);
   }
 
-  // The rows of input of these steps, as operands; returns how many.
-  int64_t take_input(int64_t d, int64_t from, int64_t to) {
+  // The rows of input of these steps, as operands: where they lie, or copies.
+  Broadcast<E> take_input(int64_t d, int64_t from, int64_t to) {
     const int64_t width = y_.wx.in, pitch = round_up(width, 2);
+    if (d == 0 && width % kPack<E> == 0) {
+      auto in_place = [&](const O* first, int64_t row) {
+        return Broadcast<E>{reinterpret_cast<const E*>(first), row / kPack<E>, 1};
+      };
+      const RnnTensor& x = p_.input;
+      if constexpr (std::is_same_v<O, A>)
+        if (y_.input && p_.dropout.p == 0) return in_place(y_.input + first_row(p_, from) * width, width);
+      if constexpr (std::is_same_v<O, T>)
+        if (!y_.input && x.batch % kPack<E> == 0 && (p_.packed || (!p_.order && x.step == p_.batch * x.batch)))
+          return in_place(caller_row<const T>(p_, x, from, 0), x.batch);
+    }
     O* out = rows_;
     for (int64_t s = from; s < to; ++s) {
       for (int64_t place = 0; place < active_at(p_, s); ++place, out += pitch) {
@@ -211,7 +186,7 @@ class ForwardTask {
                        p_.dropout.p > 0 ? factor_ : nullptr);
       }
     }
-    return first_row(p_, to) - first_row(p_, from);
+    return {reinterpret_cast<const E*>(rows_), pitch / kPack<E>, 1};
   }
 
   // The gates of own panels at a step. Of few rows, several panels' together: they wait for results less that way.
@@ -221,37 +196,61 @@ class ForwardTask {
     const bool back = (s + y_.turned) & 1;
     find_rows(part.direction, s, n);
     draw_zoneout(part, s, n);
-    if (y_.steps == 1) take_input(part.direction, 0, 1);
+    const Broadcast<E> x = y_.steps == 1 ? take_input(part.direction, 0, 1) : Broadcast<E>{};
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t first = (back ? groups - 1 - g : g) * together;
-      step(part, s, n, first, least(together, own - first), back);
+      step(part, s, n, first, least(together, own - first), back, x);
     }
+    give(part, s, n);
   }
   // Of `panels` panels, the first one `own` panels after the part's first; their products from the last to the first if
-  // `back`.
-  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back) {
+  // `back`. x: operands of a single step's input.
+  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back, Broadcast<E> x) {
     const int64_t d = part.direction, state = p_.batch * units(), unit = (part.begin + own) * units();
     const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
     for (int64_t j = 0; j < panels; ++j) {
-      const int64_t i = back ? panels - 1 - j : j, panel = part.begin + own + i;
-      A* sums = sums_ + i * n * columns_;
-      if (y_.steps == 1) multiply_input(part, own + i, n);
-      for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, weights(d).h_bias + panel * columns_, columns_);
-      if (s > 0 || p_.h0) multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums);
+      const int64_t i = back ? panels - 1 - j : j;
+      multiply_state(part, s, n, own + i, sums_ + i * n * columns_, x);
     }
-    A *h = part.h + own * state, *c = part.c + own * state;
     const int64_t x_panel = stretch_rows() * columns_;
-    y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_, h, c, state,
-              y_.keep[d], row_, weights(d).peepholes, y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
-    for (int64_t i = 0; i < panels; ++i, h += state, c += state) {
-      if (y_.projects()) {
-        for (int64_t r = 0; r < n; ++r) put(y_.m_row(d, r), h + r * units(), unit + i * units(), units(), p_.hidden);
-      } else {
-        give_state(d, s, n, h, unit + i * units(), units());
-      }
-      if (has_cell_state(p_.cell)) give_cell(d, s, n, c, unit + i * units());
-    }
+    y_.gates({p_, panels, n, part.x + own * x_panel + before * columns_, sums_, x_panel, n * columns_,
+              part.h + own * state, part.c + own * state, state, y_.keep[d], row_, weights(d).peepholes,
+              y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
   }
+  // S = h * W_h + b_h of one panel; a single step's X too, from its operands.
+  void multiply_state(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, A* sums, Broadcast<E> x) {
+    const int64_t d = part.direction, panel = part.begin + own;
+    const A* bias = weights(d).h_bias + panel * columns_;
+    if (y_.steps == 1) multiply_input(part, own, n, x);
+    if (s > 0 || p_.h0)
+      multiply(n, state_operand(d, s - 1), weights(d).h, y_.wh, panel, sums, bias);
+    else
+      for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, bias, columns_);
+  }
+  // h and c of a step to all who read them.
+  void give(const ForwardPart<A>& part, int64_t s, int64_t n) {
+    if (y_.projects()) {
+      for (int64_t r = 0; r < n; ++r)
+        put(y_.m_row(part.direction, r), part.h + r * units(), y_.wh, part.begin, part.end);
+    } else {
+      give_state(part, s, n);
+    }
+    if (has_cell_state(p_.cell)) give_cell(part, s, n);
+  }
+
+  SplitRow gate_rows() const { return {y_.wh.gates, p_.hidden, units()}; }
+  SplitRow cells() const { return {1, p_.hidden, units()}; }
+  // One of those who normalise a row leaves its moments for the backward.
+  A* moments_to(const Part& part) const {
+    return part.begin == 0 && part.end > 0 ? y_.normed[part.direction] : nullptr;
+  }
+
+  // A step of all parts where rows are normalised: rnn_forward_normalised.h.
+  void step_normalised(int64_t s, Others others);
+  void multiply_and_leave(ForwardPart<A>& part, int64_t s, int64_t n);
+  void normalise_and_step(ForwardPart<A>& part, int64_t s, int64_t n);
+  void join(ForwardPart<A>& part, int which, const SplitRow& m, int64_t rows);
+  void bend(ForwardPart<A>& part, int64_t n);
 
   // h = W_r m, own panels.
   void project_state(ForwardPart<A>& part, int64_t s) {
@@ -260,12 +259,11 @@ class ForwardTask {
     find_rows(d, s, n);
     A* h = part.r;
     for (int64_t i = part.r_begin; i < part.r_end; ++i, h += p_.batch * width) {
-      for (int64_t j = 0; j < n * width; j += L) store(sums_ + j, vec<A>{});
-      multiply(n, m, weights(d).r, y_.wr, i, sums_);
+      multiply(n, m, weights(d).r, y_.wr, i, sums_, kZeros<A>);
       for (int64_t j = 0; j < n * width; j += L)
         store(h + j, zone(part.zone_h.of(j / width, i * width + j % width), load(sums_ + j), load(h + j)));
-      give_state(d, s, n, h, i * width, width);
     }
+    give_state(part, s, n);
   }
 
   void draw_zoneout(ForwardPart<A>& part, int64_t s, int64_t n) {
@@ -276,9 +274,11 @@ class ForwardTask {
 
   const DirectionWeights<A, T>& weights(int64_t d) const { return y_.weights[d]; }
 
-  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums) {
+  // sums[rows] = base + B * a panel
+  void multiply(int64_t rows, Broadcast<E> b, const T* matrix, const PanelShape& m, int64_t panel, A* sums,
+                const A* base) {
     const W* weights = reinterpret_cast<const W*>(matrix + panel * panel_numbers<A>(m));
-    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums);
+    multiply_panel(rows, b, weights, m.vectors(), (m.in + kPack<E> - 1) / kPack<E>, sums, base, 0);
   }
 
   Broadcast<E> state_operand(int64_t d, int64_t step) const {
@@ -291,35 +291,41 @@ class ForwardTask {
     for (int64_t place = 0; place < n; ++place) row_[place] = row_of(p_, d, s, place);
   }
 
-  // `width` numbers from `unit` of a row that ends at `end`, times those of `factor` unless that is nullptr.
+  // Panels [begin, end) of a place's state, [panels][batch][units], to their units of a row, times those of `factor`
+  // unless that is nullptr.
   template <class To>
-  HT_INLINE void put(To* to, const A* from, int64_t unit, int64_t width, int64_t end, const A* factor = nullptr) {
-    for (int64_t u = unit; u < unit + width && u < end; u += L, from += L)
-      store_first(to + u, factor ? load(from) * load(factor + u) : load(from), end - u);
+  HT_INLINE void put(To* to, const A* from, const PanelShape& m, int64_t begin, int64_t end,
+                     const A* factor = nullptr) {
+    const int64_t width = units_of<A>(m);
+    for (int64_t i = begin; i < end; ++i, from += p_.batch * width)
+      for (int64_t k = 0, u = i * width; k < width && u < m.out; k += L, u += L)
+        store_first(to + u, factor ? load(from + k) * load(factor + u) : load(from + k), m.out - u);
   }
 
-  // h of a step, [n][width] from `unit`, to all who read it.
-  void give_state(int64_t d, int64_t s, int64_t n, const A* h, int64_t unit, int64_t width) {
-    const int64_t cell = y_.layer * p_.directions + d;
-    for (int64_t place = 0; place < n; ++place, h += width) {
-      put(y_.h_row(d, s, place), h, unit, width, p_.state, y_.mask(d, place));
+  // h of a step to all who read it.
+  void give_state(const ForwardPart<A>& part, int64_t s, int64_t n) {
+    const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
+    const A* h = y_.projects() ? part.r : part.h;
+    for (int64_t place = 0; place < n; ++place, h += units_of<A>(state_shape())) {
+      auto give = [&](auto* to, const A* factor) {
+        put(to, h, state_shape(), state_begin(part), state_end(part), factor);
+      };
+      give(y_.h_row(d, s, place), y_.mask(d, place));
       const int64_t time = time_of(p_, d, s, place);
-      if (y_.output) put(y_.output + (row_[place] * p_.directions + d) * p_.state, h, unit, width, p_.state);
-      if (y_.last && p_.output.data)
-        put(caller_row<T>(p_, p_.output, time, place) + d * p_.state, h, unit, width, p_.state);
+      if (y_.output) give(y_.output + (row_[place] * p_.directions + d) * p_.state, nullptr);
+      if (y_.last && p_.output.data) give(caller_row<T>(p_, p_.output, time, place) + d * p_.state, nullptr);
       if (s + 1 == length_of(p_, place))
-        put(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, h, unit, width, p_.state);
+        give(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, nullptr);
     }
   }
-  void give_cell(int64_t d, int64_t s, int64_t n, const A* c, int64_t unit) {
-    const int64_t cell = y_.layer * p_.directions + d;
+  void give_cell(const ForwardPart<A>& part, int64_t s, int64_t n) {
+    const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
+    const A* c = part.c;
     for (int64_t place = 0; place < n; ++place, c += units()) {
-      if (y_.last && p_.cells.data) {
-        T* row = caller_row<T>(p_, p_.cells, time_of(p_, d, s, place), place);
-        put(row + d * p_.hidden, c, unit, units(), p_.hidden);
-      }
+      auto give = [&](T* to) { put(to, c, y_.wh, part.begin, part.end); };
+      if (y_.last && p_.cells.data) give(caller_row<T>(p_, p_.cells, time_of(p_, d, s, place), place) + d * p_.hidden);
       if (s + 1 == length_of(p_, place))
-        put(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden, c, unit, units(), p_.hidden);
+        give(static_cast<T*>(p_.cn) + (cell * p_.batch + caller_of(p_, place)) * p_.hidden);
     }
   }
 
@@ -348,16 +354,15 @@ void rnn_forward_in(const RnnForward& p) {
   between[0] = reinterpret_cast<A*>(static_cast<char*>(p.scratch) + rnn_ring_bytes(p));
   between[1] = between[0] + p.rows * p.directions * p.state;
   A* masks = reinterpret_cast<A*>(reinterpret_cast<char*>(between[0]) + rnn_between_bytes(p, p.saved));
+  A* left = reinterpret_cast<A*>(reinterpret_cast<char*>(masks) + round_up(rnn_mask_bytes(p), 64));
 
   const char* packed = static_cast<const char*>(p.packed_weights) + kRnnHeaderBytes;
   const int64_t gates = gates_of(p.cell);
   static thread_local bool turned;
   turned ^= p.steps == 1;
-  LayerForward<E, T> y{p,         0, nullptr, nullptr, false,  {},     gate_loop_of<A>(p), {}, {}, {}, {},
-                       p.longest, 1, turned,  ring,    m_ring, nullptr};
-  // X of a stretch fills a part of an L2, and there are rows enough for a product to be efficient.
-  const int64_t rows = most(24, (int64_t(512) << 10) / int64_t(sizeof(A)) / (gates * p.hidden));
-  y.stretch = most(1, least(rows / p.batch, p.steps));
+  LayerForward<E, T> y{p,         0, nullptr, nullptr, false,  {},      {},  gate_loop_of<A>(p), {}, {}, {}, {},
+                       p.longest, 1, turned,  ring,    m_ring, nullptr, left};
+  y.stretch = rnn_stretch(p, p.steps);
   for (y.layer = 0; y.layer < p.layers; ++y.layer) {
     const int64_t width = rnn_input_size(p, y.layer);
     y.last = y.layer + 1 == p.layers;
@@ -371,17 +376,22 @@ void rnn_forward_in(const RnnForward& p) {
       y.weights[d].x_bias = reinterpret_cast<const A*>(next(rnn_bias_bytes(p)));
       y.weights[d].peepholes = reinterpret_cast<const A*>(next(rnn_peephole_bytes(p)));
       y.weights[d].h_bias = y.weights[d].x_bias + rnn_bias_numbers(p);
+      y.weights[d].gains = Gains<A>::of(p, reinterpret_cast<const A*>(next(rnn_norm_bytes(p))));
     }
     y.input = y.output;
     y.output = y.last ? nullptr : between[y.layer & 1];
     if (p.saved) {
       const SavedLayer<A> saved = saved_layer<A>(p, p.saved, y.layer);
       y.output = saved.output;
-      for (int d = 0; d < 2; ++d) y.keep[d] = rnn_kept(p) ? saved.keep[d] : nullptr;
+      for (int d = 0; d < 2; ++d) {
+        y.keep[d] = rnn_kept(p) ? saved.keep[d] : nullptr;
+        y.normed[d] = p.layer_norm ? saved.normed[d] : nullptr;
+      }
     }
     y.masks = draw_state_masks(p, y.layer, masks);
     const int slices = slices_for(p, width, p.directions * panels_of<A>(y.wh), thread_count());
-    run_slices(slices, y.steps > 1 || y.projects(), flags, [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
+    run_slices(slices, y.steps > 1 || y.projects() || p.layer_norm, flags,
+               [&](Team& team) { ForwardTask<E, T>(y, team).run(); });
   }
   clear_padding<T>(p, p.output, p.directions * p.state);
   clear_padding<T>(p, p.cells, p.directions * p.hidden);

@@ -2,8 +2,9 @@
 // rows (times and places), and the rows' inputs x, states before h and what was projected m:
 //   grad W_x = d^T x,   grad W_h = d^T h,   grad W_r = (gradient of the projection)^T m,   grad b = sum of d
 //   grad x   = d W_x
+// Where rows are normalised, the steps have summed up the gradients of biases and peepholes.
 // Plan: a piece of work is a tile of one of these. It is summed over blocks of its depth, for which both operands are
-// packed: one into panels of four vectors, the other (of a transposed product) into a block of its kTile columns. Sums
+// packed: one into panels of four vectors, the other (of a transposed product) into a block of its tile_ columns. Sums
 // over rows, which may be many, are made of sums of kSum, those over gates of twice as many: the rounding errors of one
 // long chain would show.
 #pragma once
@@ -17,25 +18,26 @@ class LayerGradients {
   using O = Operand<E>;
   using Layer = LayerBackward<E, T>;
   static constexpr int L = kLanes<A>, W = 4 * L;
-  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 256, kSum = 32;
+  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 128, kSum = 32;
   static_assert(kColumns % W == 0);
 
  public:
   // input: [rows][width] of the layer below (under dropout), nullptr: the caller's. grad_input likewise.
-  // grad_weights: of this layer, one beside each of its weights, or nullptr.
-  LayerGradients(const Layer& layer, const A* input, A* grad_input, void* const* grad_weights, const int64_t* before,
-                 const int64_t* time, const int64_t* place)
+  LayerGradients(const Layer& layer, const A* input, A* grad_input, const int64_t* before, const int64_t* time,
+                 const int64_t* place)
       : y_(layer),
         p_(layer.p),
         input_(input),
         grad_input_(grad_input),
-        grad_weights_(grad_weights),
         before_(before),
         time_(time),
         place_(place),
         width_(rnn_input_size(p_, layer.layer)),
         gates_(gates_of(p_.cell)),
-        rows_(first_row(p_, p_.steps)) {}
+        rows_(first_row(p_, p_.steps)),
+        tile_(gates_ * tiles(p_.hidden, 2 * kTile) * (columns(width_) + columns(p_.state)) >= 4 * thread_count()
+                  ? 2 * kTile
+                  : kTile) {}
 
   void run() {
     const bool wants_input = grad_input_ || p_.grad_input.data;
@@ -43,10 +45,10 @@ class LayerGradients {
     const int64_t of_x = gates_ * tiles(p_.hidden) * columns(width_),
                   of_h = gates_ * tiles(p_.hidden) * columns(p_.state),
                   of_r = y_.projects() ? tiles(p_.state) * columns(p_.hidden) : 0,
-                  of_bias = p_.bias ? slots_of(p_.cell) * columns(p_.hidden) : 0,
-                  of_peepholes = rnn_peepholes(p_) * columns(p_.hidden);
+                  of_bias = p_.bias && !p_.layer_norm ? slots_of(p_) * columns(p_.hidden) : 0,
+                  of_peepholes = p_.layer_norm ? 0 : rnn_peepholes(p_) * columns(p_.hidden);
     const int64_t each = of_x + of_h + of_r + of_bias + of_peepholes,
-                  of_weights = grad_weights_ ? p_.directions * each : 0;
+                  of_weights = y_.grads[0] ? p_.directions * each : 0;
     const double numbers = double(gates_ * p_.hidden) * double(width_ + p_.state);
     parallel_pieces(of_input + of_weights, double(rows_) * numbers < (1 << 17), [&](int64_t i) {
       if (i < of_input) return input_tile(i / columns(width_), i % columns(width_));
@@ -65,20 +67,26 @@ class LayerGradients {
  private:
   enum class Source { x, h, r };
 
-  static int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
+  static int64_t tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+  int64_t tiles(int64_t n) const { return tiles(n, tile_); }
   static int64_t columns(int64_t n) { return (n + kColumns - 1) / kColumns; }
   int64_t output_width() const { return p_.directions * p_.state; }
-  T* gradient(int64_t d, int64_t which) const {
-    return static_cast<T*>(grad_weights_[d * rnn_weights_each(p_, p_.bias) + which]);
-  }
+  T* gradient(int64_t d, int64_t which) const { return static_cast<T*>(y_.grads[d][which]); }
 
   // Two rows of numbers, or one where an element is one, into row r of panels: number k at [k / W][r][k % W], zeros
   // after n. A row that is nullptr is zero.
-  HT_INLINE static void to_panels(E* panels, int64_t r, const A* first, const A* second, int64_t n) {
-    auto load_row = [&](const A* row, int64_t k)
-                        HT_LAMBDA { return row && k < n ? load_first(row + k, n - k) : vec<A>{}; };
-    for (int64_t k = 0; k < round_up(n, W); k += L)
-      store_elements(panels + (k / W * kDepth + r) * W + k % W, load_row(first, k), load_row(second, k));
+  static void to_panels(E* panels, int64_t r, const A* first, const A* second, int64_t n) {
+    auto copy = [&](auto load_row) HT_LAMBDA {
+      for (int64_t k = 0; k < n; k += W) {
+        E* to = panels + k * kDepth + r * W;
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < W; v += L) store_elements(to + v, load_row(first, k + v), load_row(second, k + v));
+      }
+    };
+    if (n % W == 0 && first && (second || kPack<E> == 1))
+      copy([](const A* row, int64_t k) HT_LAMBDA { return row ? load(row + k) : vec<A>{}; });
+    else
+      copy([&](const A* row, int64_t k) HT_LAMBDA { return row && k < n ? load_first(row + k, n - k) : vec<A>{}; });
   }
 
   // n numbers as the accumulate type: in place where they are of it, else in `room`.
@@ -113,9 +121,21 @@ class LayerGradients {
     const Variant<vec<A>> variant{p_.hard_sigmoid, p_.hard_tanh, false, {}};
     for (int64_t k = 0; k < n; k += L)
       store(room + k, at_step(d, row, first + k, [&](auto cell, const auto& kept, vec<A> c) HT_LAMBDA {
-              return decltype(cell)::output(variant, kept, c);
+              using C = decltype(cell);
+              if (!p_.layer_norm) return C::output(variant, kept, c);
+              const Normalised<vec<A>> normalised{variant, bent(d, row, first + k, C::next_cell(kept, c)), {}};
+              return C::output(normalised, kept, c);
             }));
     return room;
+  }
+
+  // What tanh made of c', after its layer norm, of the units [unit, unit + L).
+  vec<A> bent(int64_t d, int64_t row, int64_t unit, vec<A> cell) const {
+    const int64_t n = p_.hidden - unit;
+    const void* const* gains = y_.gains[d] + 2;
+    const vec<A> gain = load_first(static_cast<const T*>(gains[0]) + unit, n);
+    const vec<A> bias = p_.bias ? load_first(static_cast<const T*>(gains[1]) + unit, n) : vec<A>{};
+    return bend(p_, normed_row(p_, y_.normed[d], row), cell, gain, bias);
   }
 
   // Row of an initial state.
@@ -140,30 +160,37 @@ class LayerGradients {
     return p_.cell == RnnCell::lstm ? with(Lstm<vec<A>>()) : with(CoupledLstm<vec<A>>());
   }
 
-  // C[kTile][kColumns] += B * panels, `depth` in elements
-  static void add_product(int64_t rows, Broadcast<E> b, const E* panels, int64_t vectors, int64_t depth, A* c) {
+  // C[tile_][kColumns] += B * panels in sums of `sum`; it and `depth` in elements. A block of C stays in L1 for all
+  // sums.
+  static void add_product(int64_t rows, Broadcast<E> b, const E* panels, int64_t vectors, int64_t depth, int64_t sum,
+                          A* c) {
+    constexpr int64_t kRows = kBlockRows<4>;
     for (int64_t v = 0; v < vectors; v += 4)
-      multiply_rows<E, 4, true>(rows, b, panels + v * L * kDepth, W, depth, c + v * L, kColumns);
+      for (int64_t i = 0; i < rows; i += kRows)
+        for (int64_t k = 0; k < depth; k += sum)
+          multiply_rows<E, 4, true>(least(kRows, rows - i), {b.data + i * b.row + k * b.step, b.row, b.step},
+                                    panels + v * L * kDepth + k * W, W, least(sum, depth - k), c + i * kColumns + v * L,
+                                    kColumns);
   }
 
-  // Rows [tile * kTile, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
+  // Rows [tile * tile_, ..) of one gate, columns [.. * kColumns, ..) of a weight's gradient.
   void weight_tile(Source source, int64_t d, int64_t i, int64_t column_tiles) {
     const int64_t height = source == Source::r ? p_.state : p_.hidden, per_gate = tiles(height);
     const int64_t gate = i / column_tiles / per_gate, tile = i / column_tiles % per_gate;
     const int64_t width = source == Source::x ? width_ : source == Source::h ? p_.state : p_.hidden;
-    const int64_t j = tile * kTile, rows = least(kTile, height - j);
+    const int64_t j = tile * tile_, rows = least(tile_, height - j);
     const int64_t first = i % column_tiles * kColumns, n = least(kColumns, width - first);
-    const int64_t slot = source == Source::h ? state_slot(p_.cell, gate) : gate;
+    const int64_t slot = source == Source::h ? state_slot(p_, gate) : gate;
     const O* left = source == Source::r ? y_.grad_r[d] + j : y_.gates[d] + slot * y_.pitch() + j;
     const int64_t pitch = source == Source::r ? y_.r_pitch() : y_.slots();
 
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
-                Arena::bytes_of<E>(kDepth * kTile) + 2 * Arena::bytes_of<A>(kColumns));
-    A* sums = arena.template take<A>(kTile * kColumns);
+    Arena arena(Arena::bytes_of<A>(tile_ * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+                Arena::bytes_of<E>(kDepth * tile_) + 2 * Arena::bytes_of<A>(kColumns));
+    A* sums = arena.template take<A>(tile_ * kColumns);
     E* panels = arena.template take<E>(kDepth * kColumns);
-    E* block = arena.template take<E>(kDepth * kTile);
+    E* block = arena.template take<E>(kDepth * tile_);
     A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
-    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t k = 0; k < tile_ * kColumns; k += L) store(sums + k, vec<A>{});
     for (int64_t row = 0; row < rows_; row += kDepth * kPack<E>) {
       const int64_t depth = least(kDepth, whole<E>(rows_ - row) / kPack<E>);
       for (int64_t r = 0; r < depth; ++r) {
@@ -172,12 +199,10 @@ class LayerGradients {
         to_panels(panels, r, first_row, kPack<E> == 2 ? row_of_source(source, d, two, first, n, room[1]) : nullptr, n);
         for (int64_t k = 0; k < rows; k += L) {
           auto load_d = [&](int64_t i) { return i >= 0 ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
-          store_elements(block + r * kTile + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
+          store_elements(block + r * tile_ + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
         }
       }
-      for (int64_t r = 0; r < depth; r += kSum)
-        add_product(rows, {block + r * kTile, 1, kTile}, panels + r * W, round_up(n, W) / L, least(kSum, depth - r),
-                    sums);
+      add_product(rows, {block, 1, tile_}, panels, round_up(n, W) / L, depth, kSum, sums);
     }
     const int64_t which = source == Source::x ? 0 : source == Source::h ? 1 : 2 + 2 * p_.bias;
     T* to = gradient(d, which) + (gate * height + j) * width + first;
@@ -217,7 +242,7 @@ class LayerGradients {
       for (int64_t k = 0; k < n; k += L) {
         const int64_t at = g * p_.hidden + first + k;
         if (g == slot) store_first(gradient(d, 2) + at, load(total + k), n - k);
-        if (state_slot(p_.cell, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
+        if (state_slot(p_, g) == slot) store_first(gradient(d, 3) + at, load(total + k), n - k);
       }
   }
 
@@ -237,17 +262,17 @@ class LayerGradients {
     for (int64_t k = 0; k < n; k += L) store_first(to + k, load(total + k), n - k);
   }
 
-  // grad x, rows [tile * kTile, ..), columns [column_tile * kColumns, ..).
+  // grad x, rows [tile * tile_, ..), columns [column_tile * kColumns, ..).
   void input_tile(int64_t tile, int64_t column_tile) {
-    const int64_t row = tile * kTile, rows = least(kTile, rows_ - row);
+    const int64_t row = tile * tile_, rows = least(tile_, rows_ - row);
     const int64_t first = column_tile * kColumns, n = least(kColumns, width_ - first);
-    Arena arena(Arena::bytes_of<A>(kTile * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
+    Arena arena(Arena::bytes_of<A>(tile_ * kColumns) + Arena::bytes_of<E>(kDepth * kColumns) +
                 Arena::bytes_of<A>(round_up(width_, kDropoutBlock)) + 2 * Arena::bytes_of<A>(kColumns));
-    A* sums = arena.template take<A>(kTile * kColumns);
+    A* sums = arena.template take<A>(tile_ * kColumns);
     E* panels = arena.template take<E>(kDepth * kColumns);
     A* factor = arena.template take<A>(round_up(width_, kDropoutBlock));
     A* room[2] = {arena.template take<A>(kColumns), arena.template take<A>(kColumns)};
-    for (int64_t k = 0; k < kTile * kColumns; k += L) store(sums + k, vec<A>{});
+    for (int64_t k = 0; k < tile_ * kColumns; k += L) store(sums + k, vec<A>{});
     for (int64_t d = 0; d < p_.directions; ++d) {
       const int64_t elements = gates_ * y_.pitch() / kPack<E>;
       auto weights_row = [&](int64_t k, A* to) {  // of column k of d, which may be the one that fills up a pair
@@ -261,9 +286,7 @@ class LayerGradients {
           to_panels(panels, r, weights_row(one, room[0]), kPack<E> == 2 ? weights_row(one + 1, room[1]) : nullptr, n);
         }
         const E* gradient = reinterpret_cast<const E*>(y_.gates[d] + row * y_.slots()) + k;
-        for (int64_t r = 0; r < some; r += 2 * kSum)
-          add_product(rows, {gradient + r, y_.slots() / kPack<E>, 1}, panels + r * W, round_up(n, W) / L,
-                      least(2 * kSum, some - r), sums);
+        add_product(rows, {gradient, y_.slots() / kPack<E>, 1}, panels, round_up(n, W) / L, some, 2 * kSum, sums);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -287,9 +310,10 @@ class LayerGradients {
   const RnnBackward& p_;
   const A* input_;
   A* grad_input_;
-  void* const* grad_weights_;
   const int64_t *before_, *time_, *place_;
   const int64_t width_, gates_, rows_;  // rows_: those that exist
+  const int64_t
+      tile_;  // rows of a tile: many pack less, as long as all threads have some tiles. Sums do not depend on it
 };
 
 // ---- the stack ----------------------------------------------------------------------------------------------------
@@ -334,8 +358,8 @@ void rnn_backward_in(const RnnBackward& p) {
   find_rows(p, before, time, place);
 
   const int64_t each = rnn_weights_each(p, p.bias), output = p.rows * p.directions * p.state;
-  LayerBackward<E, T> y{p,         0,  nullptr, nullptr, {}, {}, {}, {}, {}, nullptr, back_loop_of<A, O>(p.cell),
-                        p.longest, {}, {},      {},      {}};
+  LayerBackward<E, T> y(p);
+  y.steps = p.longest, y.left = numbers(at.left);
   y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
   for (int d = 0; d < 2; ++d) {
@@ -347,10 +371,12 @@ void rnn_backward_in(const RnnBackward& p) {
     y.output = saved.output;
     for (int64_t d = 0; d < p.directions; ++d) {
       const void* const* weights = p.weights + (y.layer * p.directions + d) * each;
-      y.keep[d] = saved.keep[d];
+      y.keep[d] = saved.keep[d], y.normed[d] = saved.normed[d];
+      y.gains[d] = weights + each - rnn_gains_each(p, p.bias);
+      y.grads[d] = p.grad_weights ? p.grad_weights + (y.layer * p.directions + d) * each : nullptr;
       y.wx[d] = static_cast<const T*>(weights[0]), y.wh[d] = static_cast<const T*>(weights[1]);
       y.wr[d] = y.projects() ? static_cast<const T*>(weights[2 + 2 * p.bias]) : nullptr;
-      y.peepholes[d] = p.peepholes ? static_cast<const T*>(weights[each - 1]) : nullptr;
+      y.peepholes[d] = p.peepholes ? static_cast<const T*>(y.gains[d][-1]) : nullptr;
       if (p.weight_dropout.p > 0)
         y.wh[d] = drop_weights<A>(p, y.layer * p.directions + d, y.wh[d],
                                   reinterpret_cast<T*>(scratch + at.weights) + d * rnn_weight_numbers(p));
@@ -364,8 +390,7 @@ void rnn_backward_in(const RnnBackward& p) {
     if (y.layer && p.dropout.p > 0 && p.grad_weights)
       input = drop_input(p, y.layer, input, numbers(at.dropped), time, place);
     A* grad_input = y.layer ? numbers(at.between) + (y.layer & 1) * output : nullptr;
-    void* const* grads = p.grad_weights ? p.grad_weights + y.layer * p.directions * each : nullptr;
-    LayerGradients<E, T>(y, input, grad_input, grads, before, time, place).run();
+    LayerGradients<E, T>(y, input, grad_input, before, time, place).run();
     y.grad_output = grad_input;
   }
   clear_padding<T>(p, p.grad_input, p.input_size);

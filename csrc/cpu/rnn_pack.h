@@ -66,21 +66,32 @@ void rnn_pack_in(const RnnPack& p) {
       pack(weight[1], {gates, p.hidden, p.state});
     }
     if (p.state != p.hidden) pack(weight[2 + 2 * p.bias], {1, p.state, p.hidden});
-    const PanelShape m{gates, p.hidden, 1};
-    for (int b = 0; b < 2; ++b) {
-      A* to = reinterpret_cast<A*>(packed) + b * rnn_bias_numbers(p);
+    // Of each unit and gate, in the order of the matrices' columns.
+    auto pack_columns = [&](const void* numbers) {
+      const PanelShape m{gates, p.hidden, 1};
+      A* to = reinterpret_cast<A*>(packed);
       for (int64_t v = 0; v < panels_of<A>(m) * m.vectors(); ++v, to += L) {
         const int64_t unit = v / gates * L, n = p.hidden - unit;
-        const T* from = static_cast<const T*>(bias[b]) + v % gates * p.hidden + unit;
-        store(to, bias[b] && n > 0 ? load_first(from, n) : vec<A>{});
+        const T* from = static_cast<const T*>(numbers) + v % gates * p.hidden + unit;
+        store(to, numbers && n > 0 ? load_first(from, n) : vec<A>{});
       }
+      packed += rnn_bias_bytes(p) / 2;
+    };
+    auto pack_units = [&](const void* numbers) {
+      A* to = reinterpret_cast<A*>(packed);
+      __builtin_memset(to, 0, p.hidden * sizeof(A));
+      if (numbers) copy_row<A, T>(to, static_cast<const T*>(numbers), p.hidden, nullptr);
+      packed += rnn_peephole_pitch(p) * int64_t(sizeof(A));
+    };
+    for (const void* b : bias) pack_columns(p.layer_norm ? nullptr : b);
+    const int64_t each = rnn_weights_each(p, p.bias);
+    const void* const* gains = weight + each - rnn_gains_each(p, p.bias);
+    for (int64_t k = 0; k < rnn_peepholes(p); ++k) pack_units(static_cast<const T*>(gains[-1]) + k * p.hidden);
+    if (p.layer_norm) {
+      pack_columns(gains[0]), pack_columns(gains[1]);
+      if (has_cell_state(p.cell)) pack_units(gains[2]), pack_units(p.bias ? gains[3] : nullptr);
+      for (const void* b : bias) pack_columns(b);
     }
-    packed += rnn_bias_bytes(p);
-    const int64_t each = rnn_weights_each(p, p.bias), pitch = rnn_peephole_pitch(p);
-    for (int64_t k = 0; k < rnn_peepholes(p); ++k)
-      copy_row<A, T>(reinterpret_cast<A*>(packed) + k * pitch, static_cast<const T*>(weight[each - 1]) + k * p.hidden,
-                     p.hidden, nullptr);
-    packed += rnn_peephole_bytes(p);
     weight += each;
   }
 }

@@ -72,11 +72,12 @@ HT_INLINE int64_t panel_numbers(const PanelShape& m) {
 template <class E, class T>
 using Weight = std::conditional_t<std::is_same_v<E, pair>, pair, T>;
 
-// C[v] += sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; two chains of sums a vector, of
-// even and odd k, keep up with them. Lines are asked for kAhead bytes before: a core's own look-ahead reads a cache
-// that is shared at four fifths of the speed.
+// C[v] = base[v] + sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; two chains of sums a
+// vector, of even and odd k, keep up with them. Lines are asked for kAhead bytes before: a core's own look-ahead reads
+// a cache that is shared at four fifths of the speed.
 template <class E, int MV, class W>
-__attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c) {
+__attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c,
+                                            const Accumulate<E>* base) {
   using A = Accumulate<E>;
   constexpr int L = kLanes<A>, Step = MV * L, kAhead = 1024;
   vec<A> even[MV], odd[MV];
@@ -97,32 +98,37 @@ __attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t 
 #pragma GCC unroll 4
   for (int v = 0; v < MV; ++v) {
     if (k < depth) even[v] = multiply_add(vec<E>(broadcast(b[k])), load(panel + v * L), even[v]);
-    store(c + v * L, load(c + v * L) + (even[v] + odd[v]));
+    store(c + v * L, load(base + v * L) + (even[v] + odd[v]));
   }
 }
 
 // All rows with a part of a panel that stays in the nearest caches, in blocks of rows as equal as can be.
 template <class E, int MV, class W>
-inline void multiply_rows_of_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t depth, Accumulate<E>* c) {
+inline void multiply_rows_of_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t depth, Accumulate<E>* c,
+                                   const Accumulate<E>* base, int64_t base_row) {
   constexpr int64_t kStep = MV * kLanes<Accumulate<E>>, kDepth = 128, kRows = kBlockRows<MV>;
-  if (rows == 1) return multiply_row<E, MV>(b.data, panel, depth, c);
+  if (rows == 1) return multiply_row<E, MV>(b.data, panel, depth, c, base);
   const int64_t blocks = (rows + kRows - 1) / kRows;
-  for (int64_t k = 0; k < depth; k += kDepth) {
+  for (int64_t k = 0; k == 0 || k < depth; k += kDepth, base = c, base_row = kStep) {
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t from = rows * block / blocks, to = rows * (block + 1) / blocks;
       const Broadcast<E> part{b.data + from * b.row + k * b.step, b.row, b.step};
-      multiply_rows<E, MV, true>(to - from, part, panel + k * kStep, kStep, least(kDepth, depth - k), c + from * kStep,
-                                 kStep);
+      multiply_rows_onto<E, MV>(to - from, part, panel + k * kStep, kStep, least(kDepth, depth - k), c + from * kStep,
+                                kStep, base + from * base_row, base_row);
     }
   }
 }
 
-// C[rows][vectors * L] += B[rows][depth] * panel
+// A base of one row: zeros.
+template <class A>
+inline constexpr A kZeros[4 * kLanes<A>] = {};
+
+// C[rows][vectors * L] = base + B[rows][depth] * panel, base with its rows base_row apart
 template <class E, class W>
 inline void multiply_panel(int64_t rows, Broadcast<E> b, const W* panel, int64_t vectors, int64_t depth,
-                           Accumulate<E>* c) {
-  if (vectors == 3) return multiply_rows_of_panel<E, 3>(rows, b, panel, depth, c);
-  multiply_rows_of_panel<E, 4>(rows, b, panel, depth, c);
+                           Accumulate<E>* c, const Accumulate<E>* base, int64_t base_row) {
+  if (vectors == 3) return multiply_rows_of_panel<E, 3>(rows, b, panel, depth, c, base, base_row);
+  multiply_rows_of_panel<E, 4>(rows, b, panel, depth, c, base, base_row);
 }
 
 // ---- rows -------------------------------------------------------------------------------------------------------
@@ -176,13 +182,14 @@ void clear_padding(const Rnn& p, const RnnTensor& t, int64_t width) {
 // Where saved has a layer's parts.
 template <class A>
 struct SavedLayer {
-  A *output, *keep[2];
+  A *output, *keep[2], *normed[2];
 };
 template <class A, class S>
 HT_INLINE SavedLayer<A> saved_layer(const Rnn& p, S* saved, int64_t layer) {
   A* at = const_cast<A*>(static_cast<const A*>(saved)) + layer * rnn_saved_of_layer(p);
   A* keep = at + p.rows * p.directions * p.state;
-  return {at, {keep, keep + p.rows * rnn_kept(p) * p.hidden}};
+  A* normed = keep + p.rows * p.directions * rnn_kept(p) * p.hidden;
+  return {at, {keep, keep + p.rows * rnn_kept(p) * p.hidden}, {normed, normed + p.rows * rnn_normed(p)}};
 }
 
 }  // namespace handtuned::HANDTUNED_ISA

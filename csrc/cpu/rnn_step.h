@@ -11,7 +11,8 @@ template <class A>
 struct GateCall {
   const Rnn& p;
   int64_t panels, rows;
-  const A *x, *s;  // of a panel [rows][vectors][L], the next one's x_panel and s_panel further
+  const A* x;  // of a panel [rows][vectors][L], the next one's x_panel further; s likewise
+  A* s;        // where c' is to be normalised it becomes o and c', of which h' is made later (rnn_normalise.h)
   int64_t x_panel, s_panel;
   A *h, *c;  // of a panel [rows][units], the next one's state_panel further; updated
   int64_t state_panel;
@@ -33,18 +34,21 @@ void gate_loop(const GateCall<A>& call) {
   constexpr int L = kLanes<A>, G = C::kGates, K = C::kKept, V = G == 1 ? 4 : 1;
   const Rnn& p = call.p;
   P gates;
-  if constexpr (!P::kPlain) gates = {p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
+  if constexpr (!P::kPlain) gates.Variant<vec<A>>::operator=({p.hard_sigmoid, p.hard_tanh, p.peepholes, {}});
+  if constexpr (P::kNormalises) gates.bent = vec<A>{} + 1;
   for (int64_t i = 0; i < call.panels; ++i) {
     if constexpr (!P::kPlain)
       for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
         gates.peephole[k] = load(call.peepholes + k * rnn_peephole_pitch(p) + call.first + i * L);
     for (int64_t at = 0; at < call.rows * V; ++at) {
       const int64_t unit = call.first + (i * V + at % V) * L;
-      const A *x = call.x + i * call.x_panel + at * G * L, *s = call.s + i * call.s_panel + at * G * L;
+      const A* x = call.x + i * call.x_panel + at * G * L;
+      A* s = call.s + i * call.s_panel + at * G * L;
       A *h = call.h + i * call.state_panel + at * L, *c = call.c + i * call.state_panel + at * L;
       vec<A> xs[G], ss[G], kept[K], cell = C::kCell ? load(c) : vec<A>{};
       for (int g = 0; g < G; ++g) xs[g] = load(x + g * L), ss[g] = load(s + g * L);
       vec<A> next = C::step(gates, xs, ss, load(h), cell, kept);
+      if constexpr (P::kNormalises && C::kCell) store(s, next), store(s + L, cell), next = load(h);
       if constexpr (!P::kPlain) {
         next = zone(call.zone_h.of(at / V, unit), next, load(h));
         if (C::kCell) cell = zone(call.zone_c.of(at / V, unit), cell, load(c));
@@ -69,6 +73,7 @@ GateLoop<A> gate_loop_with(RnnCell cell) {
 }
 template <class A>
 GateLoop<A> gate_loop_of(const Rnn& p) {
+  if (p.layer_norm) return gate_loop_with<Normalised, A>(p.cell);
   const bool varies = p.hard_sigmoid || p.hard_tanh || p.peepholes || p.zoneout.p > 0 || p.cell_zoneout.p > 0;
   return varies ? gate_loop_with<Variant, A>(p.cell) : gate_loop_with<Plain, A>(p.cell);
 }
@@ -83,35 +88,39 @@ struct BackCall {
   const A* keep;  // as the forward left it, of place i row[i] * keep_row further
   int64_t keep_row;
   const int64_t* row;
-  const A* peepholes;  // [kPeepholes][4 L] of the panel
-  const A* state;      // the one that back() asks for, [rows][4 L] like the next two
-  A *dh, *dc;          // dh becomes the part that does not go through W_h
-  O* gates;            // d of place i goes to [row[i]][slots][pitch]
+  const A* peepholes;      // [kPeepholes][4 L] of the panel
+  const A *bent, *unbent;  // of Normalised, [rows][4 L]
+  const A* state;          // the one that back() asks for, [rows][4 L] like the next two
+  A *dh, *dc;              // dh becomes the part that does not go through W_h
+  O* gates;                // d of place i goes to [to[i]][slots][pitch]
+  const int64_t* to;
   int64_t pitch, first;
 };
 
 template <class A, class O>
 using BackLoop = void (*)(const BackCall<A, O>&);
 
-template <template <class> class Cell, class A, class O>
+template <template <class> class Cell, template <class> class Gates, class A, class O>
 void back_loop(const BackCall<A, O>& call) {
   using C = Cell<vec<A>>;
   constexpr int L = kLanes<A>, K = C::kKept, S = C::kSlots;
   const Rnn& p = call.p;
-  Variant<vec<A>> variant{p.hard_sigmoid, p.hard_tanh, p.peepholes, {}};
+  Gates<vec<A>> gates;
+  gates.Variant<vec<A>>::operator=({p.hard_sigmoid, p.hard_tanh, p.peepholes, {}});
   for (int64_t i = 0; i < call.rows; ++i) {
     for (int64_t v = 0; v < 4 && call.first + v * L < p.hidden; ++v) {
       const int64_t unit = call.first + v * L, n = p.hidden - unit, at = (i * 4 + v) * L;
       vec<A> kept[K], d[S], cell = C::kCell ? load(call.dc + at) : vec<A>{};
       for (int k = 0; k < K; ++k)
         kept[k] = load_first(call.keep + call.row[i] * call.keep_row + k * p.hidden + unit, n);
-      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k)
-        variant.peephole[k] = load(call.peepholes + (k * 4 + v) * L);
+      for (int k = 0; k < C::kPeepholes && p.peepholes; ++k) gates.peephole[k] = load(call.peepholes + (k * 4 + v) * L);
+      if constexpr (Gates<vec<A>>::kNormalises && C::kCell)
+        gates.bent = load(call.bent + at), gates.unbent = load(call.unbent + at);
       const vec<A> state = C::kKept > 1 ? load(call.state + at) : vec<A>{};
-      store(call.dh + at, C::back(variant, kept, state, load(call.dh + at), cell, d));
+      store(call.dh + at, C::back(gates, kept, state, load(call.dh + at), cell, d));
       if (C::kCell) store(call.dc + at, cell);
       for (int k = 0; k < S; ++k) {
-        O* to = call.gates + (call.row[i] * S + k) * call.pitch + unit;
+        O* to = call.gates + (call.to[i] * S + k) * call.pitch + unit;
         store_first(to, d[k], n);
         if (n < call.pitch - unit && n < L) to[n] = O{};
       }
@@ -119,14 +128,14 @@ void back_loop(const BackCall<A, O>& call) {
   }
 }
 
-template <class A, class O>
+template <template <class> class Gates, class A, class O>
 BackLoop<A, O> back_loop_of(RnnCell cell) {
   switch (cell) {
-    case RnnCell::lstm: return &back_loop<Lstm, A, O>;
-    case RnnCell::coupled: return &back_loop<CoupledLstm, A, O>;
-    case RnnCell::gru: return &back_loop<Gru, A, O>;
-    case RnnCell::tanh: return &back_loop<ElmanTanh, A, O>;
-    default: return &back_loop<ElmanRelu, A, O>;
+    case RnnCell::lstm: return &back_loop<Lstm, Gates, A, O>;
+    case RnnCell::coupled: return &back_loop<CoupledLstm, Gates, A, O>;
+    case RnnCell::gru: return &back_loop<Gru, Gates, A, O>;
+    case RnnCell::tanh: return &back_loop<ElmanTanh, Gates, A, O>;
+    default: return &back_loop<ElmanRelu, Gates, A, O>;
   }
 }
 

@@ -124,8 +124,8 @@ inline int parts_of(int s, int slices, int64_t directions, int64_t panels, int64
 
 // A layer takes  region + steps * (work / slices + meet * log2(slices))  microseconds; the count with the least of it.
 // A step's work is its multiplications, and reading the weights that it alone reads (W_x stays for a stretch of steps).
-// The constants are those of common machines, rounded: what matters is the order of magnitude at which a second thread
-// begins to pay.
+// With layer norms slices meet more often. The constants are those of common machines, rounded: what matters is the
+// order of magnitude at which a second thread begins to pay.
 inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int threads) {
   constexpr double kFlops = 1e5, kBytes = 1e5;  // a microsecond
   constexpr double kRegion = 4, kMeet = 0.3;    // microseconds
@@ -135,10 +135,11 @@ inline int slices_for(const Rnn& p, int64_t input_size, int64_t panels, int thre
   const int64_t most_slices = least(least(threads, panels), kMostSlices);
   int best = 1;
   double least_time = work * double(p.steps), meetings = 1;
+  const int meet = p.layer_norm ? 2 + has_cell_state(p.cell) : 1;  // times a step
   for (int64_t s = 2; s <= most_slices; ++s) {
     while ((int64_t(1) << int(meetings)) < s) ++meetings;
     const double share = double((panels + s - 1) / s) / double(panels);
-    const double time = kRegion + double(p.steps) * (work * share + kMeet * meetings);
+    const double time = kRegion + double(p.steps) * (work * share + kMeet * meet * meetings);
     if (time < least_time) best = int(s), least_time = time;
   }
   return best;

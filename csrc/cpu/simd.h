@@ -121,6 +121,40 @@ HT_INLINE void stream_fence() {
 #endif
 }
 
+// The larger; b where one is NaN.
+HT_INLINE f32 larger(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_mask_max_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+HT_INLINE f64 larger(f64 a, f64 b) { return a > b ? a : b; }
+HT_INLINE float larger(float a, float b) { return a > b ? a : b; }
+HT_INLINE double larger(double a, double b) { return a > b ? a : b; }
+// The smaller; b where one is NaN.
+HT_INLINE f32 smaller(f32 a, f32 b) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_mask_min_ps((__m512)a, 0xffff, (__m512)a, (__m512)b);
+#elif defined(HT_AVX2)
+  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+HT_INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
+
+// Asks for the line of p as one to be written. Elsewhere it is taken from the other cores with the first store.
+HT_INLINE void prefetch_to_write(const void* p) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(p)));  // nothing on processors that do not have it
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 // Tells the core that this thread only waits for another's store.
 HT_INLINE void relax() {
 #if defined(__x86_64__)
@@ -144,6 +178,21 @@ HT_INLINE bool any(V v) {
   uint64_t bits = 0;
   for (int i = 0; i < kVectorBytes / 8; ++i) bits |= words[i];
   return bits;
+#endif
+}
+
+// table[index[i] % 16] for each lane.
+HT_INLINE f32 look_up(const float (&table)[16], u32 index) {
+#if defined(HT_AVX512)
+  return (f32)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
+#elif defined(HT_AVX2)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (f32)_mm256_blendv_ps(low, high, (__m256)(index << 28));  // by bit 3, as the sign
+#else
+  f32 found;
+  for (int i = 0; i < kLanes<float>; ++i) found[i] = table[index[i] % 16];
+  return found;
 #endif
 }
 
@@ -182,6 +231,22 @@ HT_INLINE void transpose(vec<A>* rows) {
     for (int i = 0; i < L; ++i)
       if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
     transpose<A, 2 * Step>(rows);
+  }
+}
+
+// Lane i is the sum of rows[i]'s lanes, of one vector a row. Of each exchange of a transposition only the sum is kept.
+template <class A, int Step = 1>
+HT_INLINE vec<A> sum_each(vec<A>* rows) {
+  constexpr int L = kLanes<A>;
+  if constexpr (Step == L) {
+    return rows[0];
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; i += 2 * Step) {
+      exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, L>{});
+      rows[i] += rows[i + Step];
+    }
+    return sum_each<A, 2 * Step>(rows);
   }
 }
 

@@ -24,8 +24,9 @@ int upload(const Upload& what, int device, void* stream) {
   return cudaMemcpyAsync(what.to, what.from, what.bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
 }
 
-const CudaKernels table = {HANDTUNED_VERSION, 80,        &capability,  &error,        &norm_forward,
-                           &norm_backward,    &rnn_pack, &rnn_forward, &rnn_backward, &upload};
+const CudaKernels table = {
+    HANDTUNED_VERSION,   80,        &capability,  &error,        &norm_forward, &norm_backward, &attention_forward,
+    &attention_backward, &rnn_pack, &rnn_forward, &rnn_backward, &upload};
 
 }  // namespace
 }  // namespace handtuned::cuda

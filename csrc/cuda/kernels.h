@@ -8,6 +8,8 @@ namespace handtuned {
 
 struct NormForward;
 struct NormBackward;
+struct AttentionForward;
+struct AttentionBackward;
 struct RnnPack;
 struct RnnForward;
 struct RnnBackward;
@@ -26,6 +28,8 @@ struct CudaKernels {
   const char* (*error)(int status);
   int (*norm_forward)(const NormForward&, int device, void* stream);
   int (*norm_backward)(const NormBackward&, int device, void* stream);
+  int (*attention_forward)(const AttentionForward&, int device, void* stream);
+  int (*attention_backward)(const AttentionBackward&, int device, void* stream);
   int (*rnn_pack)(const RnnPack&, int device, void* stream);
   int (*rnn_forward)(const RnnForward&, int device, void* stream);
   int (*rnn_backward)(const RnnBackward&, int device, void* stream);

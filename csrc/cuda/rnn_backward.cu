@@ -27,7 +27,7 @@ BackwardLayer<T> layer_of(const Stack<T>& stack) {
   using A = Accumulate<T>;
   const RnnBackward& p = stack.p;
   const BackwardScratch& at = stack.at;
-  const int64_t gates = gates_of(p.cell), slots = slots_of(p.cell);
+  const int64_t gates = gates_of(p.cell), slots = slots_of(p);
   BackwardLayer<T> y(p);
   y.gates = int(gates), y.slots = int(slots);
   y.projects = p.state != p.hidden;

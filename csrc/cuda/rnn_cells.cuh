@@ -13,6 +13,11 @@ __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
 __device__ inline double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 __device__ inline float tanh(float x) { return tanhf(x); }
 __device__ inline double tanh(double x) { return ::tanh(x); }
+// min(max(x, low), high);  NaN stays
+template <class A>
+__device__ inline A clamp(A x, double low, double high) {
+  return x < A(low) ? A(low) : x > A(high) ? A(high) : x;
+}
 
 }  // namespace handtuned::cuda
 

@@ -155,7 +155,7 @@ inline BackwardScratch backward_scratch(const Rnn& p) {
   next(at.words, kWordsBytes);
   next(at.ring, 2 * places * states_pitch(gates_of(p.cell) * p.hidden) * wide);
   next(at.r_ring, projects * places * states_pitch(p.state) * wide);
-  next(at.d, p.directions * p.rows * slots_of(p.cell) * p.hidden * wide);
+  next(at.d, p.directions * p.rows * slots_of(p) * p.hidden * wide);
   next(at.grad_r, projects * p.directions * p.rows * p.state * wide);
   next(at.dh, places * p.state * wide);
   next(at.dc, has_cell_state(p.cell) ? places * p.hidden * wide : 0);

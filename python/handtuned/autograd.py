@@ -39,6 +39,26 @@ def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:
     return False
 
 
+def apply(function: type[Function], *args: Any) -> Any:
+    """function.apply(*args), in a form that torch.compile can trace."""
+    if torch.compiler.is_compiling():
+        args = _traceable(args)
+    return function.apply(*args)
+
+
+def _traceable(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Under dynamic=True dynamo makes of a number a symbol where it first meets it. If that is inside a Function, the
+    next Function cannot see it: so here. And a Function of dynamo's takes no tensor twice."""
+    found: list[Any] = []
+    for arg in args:
+        if isinstance(arg, float):
+            arg = float(arg)
+        elif isinstance(arg, Tensor) and any(arg is other for other in found):
+            arg = arg.view_as(arg)
+        found.append(arg)
+    return tuple(found)
+
+
 def _view(tensor: Tensor) -> Tensor:
     return tensor.view_as(tensor)
 

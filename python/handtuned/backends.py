@@ -5,8 +5,8 @@ An op's arguments are the same for every backend, so a backend is a namespace of
 none), the Triton launchers, or ``reference``.
 
 For a CUDA tensor the CUDA library comes before Triton, if it was built and has a kernel for the op: it holds every
-shape, dtype and option of the norm and the recurrent family, is called without Python in between, and compiles nothing
-at the first call.
+shape, dtype and option of the norm, attention and recurrent families (but layer normalisation of recurrent gates), is
+called without Python in between, and compiles nothing at the first call.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
     from . import ops
 
-    return None if op in ops.NORM_OPS else "no Triton kernel for this op"
+    with_kernel = (*ops.NORM_OPS, *ops.ATTENTION_OPS)
+    return None if op in with_kernel else "no Triton kernel for this op"
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
@@ -156,7 +157,7 @@ def why_no_cuda_kernel(op: str) -> str | None:
 def ops_with_cuda_kernels() -> Collection[str]:
     from . import ops
 
-    return ops.NORM_OPS | ops.RNN_OPS
+    return ops.NORM_OPS | ops.ATTENTION_OPS | ops.RNN_OPS
 
 
 def cuda_status() -> str | None:
@@ -228,9 +229,9 @@ def _namespace(candidate: Candidate) -> Any:
     if candidate.backend == "reference":
         return reference
     if candidate.backend == "triton":
-        from .triton_kernels import norm
+        from .triton_kernels import kernels
 
-        return norm
+        return kernels
     return ops
 
 

@@ -169,7 +169,7 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
         ("GRU", (2, 1, 0, 4, 0), (1, False, True), f32, {}),
         ("LSTM", (0, 2, 3, 4, 0), (1, False, True), f32, {"states": True}),
         (
-            "LSTM coupled peepholes",
+            "LSTM coupled peepholes layernorm",
             (3, 2, 5, 7, 3),
             (2, True, False),
             f32,
@@ -183,13 +183,19 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
             {"states": True, "rates": (0.1, 0.2, 0, 0)},
         ),
         (
-            "GRU hardsigmoid",
+            "GRU hardsigmoid layernorm",
             (None, 3, 3, 4, 0),
             (1, True, True),
             f32,
             {"lengths": ints(3, 2, 1), "rates": (0.5, 0, 0, 0)},
         ),
-        ("RNN_TANH hardtanh", (3, 2, 5, 9, 0), (2, False, True), f64, {"rates": (0.1, 0, 0.5, 0.5), "seed": seed}),
+        (
+            "RNN_TANH hardtanh layernorm",
+            (3, 2, 5, 9, 0),
+            (2, False, True),
+            f64,
+            {"rates": (0.1, 0, 0.5, 0.5), "seed": seed},
+        ),
     ]
     for mode, (steps, batch, width, hidden, proj), (layers, two, bias), dtype, more in cases:
         lengths, p, rates, cell = more.get("lengths"), more.get("dropout_p", 0.0), more.get("rates"), ops.CELLS[mode]
@@ -208,6 +214,7 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
                 weights += [draw(rows, dtype=dtype) for _ in range(2 * bias)]
                 weights += [draw(proj, hidden, dtype=dtype)] if proj else []
                 weights += [draw(cell.peephole_gates * hidden, dtype=dtype)] if cell.peepholes else []
+                weights += [draw(n, dtype=dtype) for n in (rows, rows, hidden, hidden)[: cell.gains(bias)]]
         packing = (weights, mode, two, bias, rates[-1] if rates else 0.0, key)
         yield ops.rnn_pack, packing, {}
         packed, cells = ops.rnn_pack(*packing), cell.is_lstm and steps != 0

@@ -12,6 +12,17 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
+// ThreadSanitizer, in a build whose kernels are instrumented. The emulator itself is not.
+#ifdef SIMT_THREAD_SANITIZER
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#endif
+
 // Saves what the ABI says a call preserves, on the stack, and goes on where `to` was saved.
 extern "C" void simt_switch(void** save, void* to);
 asm(R"(
@@ -48,6 +59,10 @@ constexpr size_t kGuard = 4096;
 
 void* host_sp;
 std::vector<char*> pool;  // stacks of finished fibers
+#ifdef SIMT_THREAD_SANITIZER
+std::vector<char*> retired;  // of this launch: another fiber's accesses to them would look like races
+void* host_thread;
+#endif
 
 char* new_stack() {
   if (!pool.empty()) {
@@ -79,14 +94,28 @@ Fiber::Fiber(void (*entry)()) : stack_(new_stack()) {
   *--sp = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
   sp_ = sp;
+#ifdef SIMT_THREAD_SANITIZER
+  thread_ = __tsan_create_fiber(0);
+#endif
 }
 
-Fiber::~Fiber() { pool.push_back(stack_); }
+Fiber::~Fiber() {
+#ifdef SIMT_THREAD_SANITIZER
+  __tsan_destroy_fiber(thread_);
+  retired.push_back(stack_);
+#else
+  pool.push_back(stack_);
+#endif
+}
 
 void Fiber::resume() {
 #ifdef __SANITIZE_ADDRESS__
   void* fake;
   __sanitizer_start_switch_fiber(&fake, stack_, kStack);
+#endif
+#ifdef SIMT_THREAD_SANITIZER
+  host_thread = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
 #endif
   simt_switch(&host_sp, sp_);
 #ifdef __SANITIZE_ADDRESS__
@@ -99,6 +128,9 @@ void Fiber::suspend() {
   void* fake;
   __sanitizer_start_switch_fiber(&fake, host_stack, host_stack_bytes);
 #endif
+#ifdef SIMT_THREAD_SANITIZER
+  __tsan_switch_to_fiber(host_thread, __tsan_switch_to_fiber_no_sync);
+#endif
   simt_switch(&sp_, host_sp);
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
@@ -110,5 +142,23 @@ void Fiber::started() const {
   __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 #endif
 }
+
+#ifdef SIMT_THREAD_SANITIZER
+void publish(void* place) { __tsan_release(place); }
+void observe(void* place) { __tsan_acquire(place); }
+void ignore_accesses(bool begin) {
+  (begin ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
+  (begin ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
+}
+void reuse_stacks() {
+  pool.insert(pool.end(), retired.begin(), retired.end());
+  retired.clear();
+}
+#else
+void publish(void*) {}
+void observe(void*) {}
+void ignore_accesses(bool) {}
+void reuse_stacks() {}
+#endif
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-// A stack and a switch between stacks (x86-64). AddressSanitizer is told, so that it knows which stack it is on.
+// A stack and a switch between stacks (x86-64). AddressSanitizer is told, so that it knows which stack it is on; to
+// ThreadSanitizer every fiber is a thread, whose switches order nothing.
 #pragma once
 #include <cstddef>
 
@@ -19,6 +20,22 @@ class Fiber {
  private:
   char* stack_;
   void* sp_;
+  void* thread_ = nullptr;  // ThreadSanitizer's
 };
+
+// What orders memory, for ThreadSanitizer: all that was done before publish(place) comes before what follows an
+// observe(place). Nothing without it.
+void publish(void* place);
+void observe(void* place);
+
+// For a scope, what the running fiber or the host does is the emulator's doing, not a CUDA thread's.
+void ignore_accesses(bool begin);
+struct Ignored {
+  Ignored() { ignore_accesses(true); }
+  ~Ignored() { ignore_accesses(false); }
+};
+
+// Launches are ordered: stacks of finished fibers may be used again.
+void reuse_stacks();
 
 }  // namespace simt

@@ -12,12 +12,15 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import attention_cases as ac
+import attention_numerics as an
 import cases
 import numerics
 import rnn_cases as rc
@@ -26,9 +29,9 @@ import torch
 
 import handtuned
 
-SECONDS = 60  # of a mutant, of the CPU; whole runs take about two
+SECONDS = 60  # of a mutant; whole runs take about two
 Traffic = dict[str, list[int]]  # of each case, bytes loaded and stored
-F64, BF16 = torch.float64, torch.bfloat16
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 LAYER, RMS, ADD_LAYER, ADD_RMS = cases.FORMS
 DROP_LAYER, DROP_RMS = cases.DROPOUTS
 
@@ -39,7 +42,7 @@ DROP_LAYER, DROP_RMS = cases.DROPOUTS
 CASES = (
     DROP_LAYER.with_(shape=(35, 72)),
     DROP_LAYER.with_(shape=(3, 1337), dtype=BF16, weight_dtype=torch.float32),
-    DROP_RMS.with_(shape=(5, 136), dtype=torch.float16, layout="sliced"),
+    DROP_RMS.with_(shape=(5, 136), dtype=F16, layout="sliced"),
     LAYER.with_(shape=(37, 20)),
     LAYER.with_(shape=(9, 1, 1100), dtype=BF16),
     LAYER.with_(shape=(3, 2, 3, 2, 33), affine="none", layout="permuted"),
@@ -91,6 +94,74 @@ def compare_traffic(emulator: simt_tools.Emulator, name: str, expected: Traffic 
     traffic = [emulator.counts.bytes_loaded, emulator.counts.bytes_stored]
     assert expected is None or traffic == expected[name], f"{name}: other memory traffic"
     found[name] = traffic
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+# Every option, on tensor cores and without them; tiles and chunks of keys more than one, and none; what nobody sees.
+ATTENTION_CASES = (
+    ac.ALL.with_(dtype=BF16),
+    ac.ALL_PACKED,
+    ac.PACKED.with_(dtype=F16, causal=True, layout="rows_of_heads"),
+    ac.PACKED.with_(packed=((3,), (0,))),
+    ac.PACKED.with_(packed=((1,) * 35 + (70,), (2,) * 35 + (66,)), shape=(36, 2, 0, 0, 8), kv_heads=1),
+    ac.Case((1, 1, 150, 140, 72), dtype=BF16, causal=True, alignment="bottom_right"),
+    ac.Case((1, 2, 70, 130, 40), window=(30, 5), softcap=2.0, mask="add", mask_dims="h11", alibi="h"),
+    ac.Case((1, 1, 66, 70, 130), value_width=140, dropout=0.3, dtype=BF16),
+    ac.Case((1, 2, 5, 3, 6), value_width=131, mask="add_inf", mask_dims="qk", dtype=F64),
+    ac.Case((1, 4, 1, 600, 33), kv_heads=2, sinks=F32, dtype=F16),
+    ac.Case((1, 2, 3, 600, 16), mask="add", mask_dims="1k", dropout=0.2),
+    ac.Case((2, 2, 70, 9, 16), mask="add", mask_dims="q1", mask_dtype=F32, dtype=F16, window=(-1, 2)),
+)
+
+
+def run_attention(emulator: simt_tools.Emulator, expected: Traffic | None) -> Traffic:
+    found: Traffic = {}
+    for case in ATTENTION_CASES:
+        emulator.reset()
+        d = an.drawn(case, 0)
+        numerics.draw_seed(0)
+        an.check_every_element(case, ac.results(case, d.tensors), d.truth)
+        compare_traffic(emulator, case.name, expected, found)
+    for case in HIDING:
+        nobody_sees_nan(case)
+    numbers_beyond_their_limits()
+    return found
+
+
+HIDING = tuple(
+    ac.Case((1, 1, 20, keys, 16), causal=True, window=3, alignment="bottom_right", dtype=dtype)
+    for keys, dtype in ((90, BF16), (90, F32), (600, F16))
+)
+
+
+def nobody_sees_nan(case: ac.Case) -> None:
+    """Keys and values that no query sees, in tiles that some do see, may hold anything."""
+    t = ac.tensors(case)
+    clean = ac.results(case, t)
+    hidden = ~an.visible(case, None, 0).any(1)[0]
+    for tensor in (t.key, t.value):
+        tensor[:, :, hidden] = torch.nan
+    for name, tensor in ac.results(case, t).items():
+        error = (tensor - clean[name]).abs().max()
+        assert error <= 8 * torch.finfo(tensor.dtype).eps * clean[name].abs().max(), f"{case.name}: {name}: NaN"
+
+
+def numbers_beyond_their_limits() -> None:
+    """What they give is wrong; the sanitizers see that it is made of nothing but the tensors."""
+    t = ac.tensors(ac.PACKED)
+    assert t.query_starts is not None
+    assert t.key_starts is not None
+    for at, number in ((0, -9), (-1, 10**6)):
+        starts = [t.query_starts.clone(), t.key_starts.clone()]
+        for each in starts:
+            each[at] = number
+        ac.results(ac.PACKED, replace(t, query_starts=starts[0], key_starts=starts[1]))
+    query, pages = torch.randn(1, 2, 1, 8), torch.randn(3, 2, 4, 8)
+    for page in (-4, 99):
+        table, lengths = torch.tensor([[page, 1]]), torch.tensor([7])
+        options = (None, None, 1.0, False, -1, -1, 0.0, 0.0, None)
+        handtuned.ops.attention(query, pages, pages, None, None, None, lengths, table, *options)
 
 
 # ---- recurrent layers ------------------------------------------------------------------------------------------------
@@ -160,13 +231,13 @@ def truths(case: rc.Case) -> dict[str, torch.Tensor]:
 
 # ---- the hunt --------------------------------------------------------------------------------------------------------
 
-RUN = {"norm": run_norm, "rnn": run_rnn}
+RUN = {"norm": run_norm, "attention": run_attention, "rnn": run_rnn}
 
 
 def child(family: str, emulator: simt_tools.Emulator, mutant: int, expected: Traffic, said: int) -> None:
     """Never returns: the exit status says whether something was caught, and `said` takes the words."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the sanitizers' reports
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of processor time: others may be at work
     emulator.plant(mutant)
     try:
         RUN[family](emulator, expected)

@@ -18,6 +18,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
+simt::Elsewhere simt::elsewhere = nullptr;
+
 size_t simt::shared_granted(const void* kernel) {
   const auto found = granted().find(kernel);
   return found == granted().end() ? kSharedWithoutAsking : std::max(kSharedWithoutAsking, found->second);
@@ -26,6 +28,8 @@ size_t simt::shared_granted(const void* kernel) {
 extern "C" {
 
 void simt_configure(int schedule, unsigned long long seed) { simt::config = {simt::Schedule(schedule), seed}; }
+
+void simt_execute_elsewhere(simt::Elsewhere by) { simt::elsewhere = by; }
 
 // Of what launchers see: 0 for what it was at first.
 void simt_device(int multiprocessors, int shared_bytes) {

@@ -5,6 +5,10 @@
 
 namespace simt {
 
+void check_aligned(const void* p, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+}
+
 SharedMemory::SharedMemory(size_t bytes) : bytes_(bytes), data_(new unsigned char[bytes]), words_((bytes + 3) / 4) {
   std::memset(data_.get(), 0xff, bytes);  // NaN in every format of floating point
 }
@@ -26,10 +30,6 @@ struct Line {
   Word words[8];
 };
 std::unordered_map<uintptr_t, Line> global_lines;
-
-void check_aligned(const void* p, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
-}
 
 template <class Note>
 void note_global(const void* p, size_t bytes, Note note) {

@@ -4,8 +4,8 @@
 // two threads that touch a word without a barrier between them (one of them writing) are a reported race whatever the
 // schedule was. Bank conflicts: the n-th access of each lane since the warp last met counts as one access of the warp.
 //
-// Accesses to global memory are counted and must be aligned to their size. In a cooperative launch, whose blocks exchange
-// data, they are remembered in the same way; what another block did is ordered if a signal said so.
+// Accesses to global memory are counted and must be aligned to their size. In a cooperative launch, whose blocks
+// exchange data, they are remembered in the same way; what another block did is ordered if a signal said so.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -103,11 +103,13 @@ class Shared {
   Shared operator+(I i) const {
     return Shared(offset_ + size_t(i) * sizeof(T));
   }
+  size_t offset() const { return offset_; }
 
  private:
   size_t offset_;
 };
 
+void check_aligned(const void* p, size_t bytes);
 // Checks an access to global memory and counts it.
 void note_load(const void* p, size_t bytes);
 void note_store(const void* p, size_t bytes);

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 # Device code, and the family whose cases hunt its bugs (hunt.py); host code (launchers, plans) has no threads to lose.
@@ -28,6 +29,16 @@ FILES = {
     "norm_backward.cuh": "norm",
     "norm_forward.cuh": "norm",
     "norm_rows.cuh": "norm",
+    "attention_backward.cuh": "attention",
+    "attention_dropout.cuh": "attention",
+    "attention_entry.cuh": "attention",
+    "attention_forward.cuh": "attention",
+    "attention_general.cuh": "attention",
+    "attention_gradients.cuh": "attention",
+    "attention_merge.cuh": "attention",
+    "attention_products.cuh": "attention",
+    "attention_scores.cuh": "attention",
+    "attention_tile.cuh": "attention",
     "device/grid.h": "rnn",
     "product.cuh": "rnn",
     "rnn_backward.cuh": "rnn",
@@ -57,7 +68,7 @@ EQUIVALENT = {
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);|blocks\.meet\(\);")
+BARRIER = re.compile(r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);")
 IF = re.compile(r"\bif \(")
 FOR = re.compile(r"\bfor \(")
 TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?{}]|\([^()]*\)|[<>=!]=)+) \? ")
@@ -113,6 +124,8 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         condition = text[match.end() : end]
         plant(match.end(), end, "predicate", condition, f"# || ({condition})")
     for match in TERNARY.finditer(code):
+        if "constexpr" in code[max(code.rfind(c, 0, match.start()) for c in ";{}") : match.start()]:
+            continue  # nothing that happens at run time
         plant(*match.span(1), "predicate", match[1], f"# || ({match[1]})")
     for match in FOR.finditer(code):
         condition = code[match.end() : closing(code, match.end())].split(";")[1]
@@ -123,7 +136,11 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         sign = "+" if bound[2] == "<" else "-"
         plant(begin, begin + len(condition), "bound", condition.strip(),
               f"{bound[1]} {bound[2]} {bound[3]} {sign} int(#)")  # fmt: skip
-    for begin, end, replacement in sorted(edits, reverse=True):
+    edits.sort()
+    for (_, end, what), (begin, _, _) in pairwise(edits):
+        if begin < end:
+            raise ValueError(f"{file}: a point within a point, {what}: give its condition a line of its own")
+    for begin, end, replacement in reversed(edits):
         text = text[:begin] + replacement + text[end:]
     return text, points
 

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -44,6 +47,13 @@ struct Warp {
   std::vector<BankAccess> accesses;
   std::vector<struct Lane*> lanes;
   uint32_t syncs = 0;
+  char places[2];  // as a Barrier's
+};
+
+// A copy to shared memory under way.
+struct Copy {
+  size_t offset, read, bytes;
+  const void* from;
 };
 
 // A CUDA thread.
@@ -53,6 +63,7 @@ struct Lane : Thread {
   const char* waits_at = nullptr;
   size_t accesses = 0;  // to shared memory since its warp last met
   bool done = false;
+  std::deque<std::vector<Copy>> groups{1};  // of copies; the last one is still open
   Fiber fiber;
   explicit Lane(void (*entry)()) : fiber(entry) {}
 };
@@ -61,6 +72,7 @@ struct Lane : Thread {
 struct Barrier {
   std::vector<Lane*> waiting;
   uint32_t passed = 0;
+  char places[2];  // to publish(): in turns, or who is early would already be seen
 };
 
 // How many barriers each block of a launch had passed, as far as somebody knows: what threads did before is ordered.
@@ -82,12 +94,13 @@ struct Signal {
 
 struct Block {
   SharedMemory shared;
-  size_t number;         // in the launch
+  size_t number;          // in the launch
   Clocks known, learned;  // by all of its threads; by one of them since the last barrier
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Lane>> lanes;
   Barrier barrier;
-  size_t running = 0;  // lanes that have not returned
+  bool vote = false, voted = false;  // so far; at the last barrier
+  size_t running = 0;                // lanes that have not returned
   Block(size_t shared_bytes, size_t number, size_t blocks)
       : shared(shared_bytes), number(number), known(blocks), learned(blocks) {}
 };
@@ -129,7 +142,6 @@ void pass_barrier(Block& block) {
   barrier.waiting.clear();
 }
 
-
 std::string where(const Thread& t) {
   return "block (" + std::to_string(t.block.x) + ", " + std::to_string(t.block.y) + ", " + std::to_string(t.block.z) +
          ") thread " + std::to_string(t.number);
@@ -169,15 +181,23 @@ void settle_banks(Warp& warp) {
 
 // ---- running -----------------------------------------------------------------------------------------------------
 
+void end_of_thread(Lane& lane) {
+  const Ignored ours;
+  for (const auto& group : lane.groups)
+    if (!group.empty()) fail("a thread returned while copies to shared memory were under way");
+  lane.done = true;
+  Block& block = *lane.of;
+  --state.running;
+  --block.running;
+  if (block.running && block.barrier.waiting.size() == block.running) pass_barrier(block);
+}
+
 void thread_main() {
   Lane* lane = self();
   lane->fiber.started();
   (*state.body)();
-  lane->done = true;
-  Block& block = *lane->of;
-  --state.running;
-  --block.running;
-  if (block.running && block.barrier.waiting.size() == block.running) pass_barrier(block);
+  publish(&state);
+  end_of_thread(*lane);
   lane->fiber.suspend();
 }
 
@@ -273,21 +293,37 @@ void fail(const std::string& what) {
 }
 
 void block_barrier() {
+  const Ignored ours;
   Block& block = *self()->of;
   if (block.barrier.waiting.size() + 1 == block.running)
     for (Warp& warp : block.warps) settle_banks(warp);
-  block.barrier.waiting.push_back(self());
-  if (block.barrier.waiting.size() == block.running) pass_barrier(block);
+  Barrier& barrier = block.barrier;
+  void* const place = &barrier.places[barrier.passed % 2];
+  publish(place);
+  barrier.waiting.push_back(self());
+  if (barrier.waiting.size() == block.running) pass_barrier(block);
   wait_at("__syncthreads");
+  observe(place);
+}
+
+bool block_any(bool vote) {
+  const Ignored ours;
+  Block& block = *self()->of;
+  block.vote |= vote;
+  if (block.barrier.waiting.size() + 1 == block.running) block.voted = std::exchange(block.vote, false);
+  block_barrier();
+  return block.voted;
 }
 
 void signal(unsigned* word) {
+  const Ignored ours;
   if (!state.cooperative) fail("a signal between blocks in a launch that is not cooperative");
   Block& block = *self()->of;
   Signal& signal = state.signals[word];
   if (signal.known.empty()) signal.known.resize(block.known.size());
   learn(signal.known, block.known);
   signal.known[block.number] = std::max(signal.known[block.number], block.barrier.passed);
+  publish(word);
   ++*word;
   auto& waiting = signal.waiting;
   for (size_t i = 0; i < waiting.size();) {
@@ -302,17 +338,20 @@ void signal(unsigned* word) {
 }
 
 void wait_for(const unsigned* word, unsigned least) {
+  const Ignored ours;
   if (!state.cooperative) fail("a wait for other blocks in a launch that is not cooperative");
   Block& block = *self()->of;
   if (*word < least) {
     state.signals[word].waiting.push_back({self(), least});
     wait_at("a wait for other blocks");
   }
+  observe(const_cast<unsigned*>(word));
   const auto found = state.signals.find(word);
   if (found != state.signals.end() && !found->second.known.empty()) learn(block.learned, found->second.known);
 }
 
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
+  const Ignored ours;
   Lane* lane = self();
   Warp& warp = *lane->warp;
   if (!(mask >> lane->lane & 1)) fail(std::string(name) + ": the calling lane is not in the mask");
@@ -322,6 +361,8 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
     found = warp.meetings.end() - 1;
   }
   Meeting& meeting = *found;
+  void* const place = &warp.places[warp.syncs % 2];
+  if (name == kSyncWarp) publish(place);
   if (!meeting.arrived) {
     meeting.name = name;
   } else if (meeting.name != name) {
@@ -334,11 +375,39 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
     meeting.arrived = 0;
     combine(meeting.values, mask);
     settle_banks(warp);
-    if (name == kSyncWarp) ++warp.syncs;
+    if (std::strcmp(name, kSyncWarp) == 0) ++warp.syncs;  // sanitizers leave a literal in each file
     for (int l = 0; l < kWarp; ++l)
       if (mask >> l & 1) state.ready.push_back(meeting.waiting[l]);
   }
   wait_at(name);
+  if (name == kSyncWarp) observe(place);
+}
+
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes) {
+  const Ignored ours;
+  if (read > bytes)
+    fail("an asynchronous copy of " + std::to_string(read) + " bytes, at most " + std::to_string(bytes));
+  note_bank_access(offset, bytes);
+  std::memset(shared_memory().write(offset, bytes), 0xff, bytes);
+  self()->groups.back().push_back({offset, read, bytes, from});
+}
+
+void async_commit() {
+  const Ignored ours;
+  self()->groups.emplace_back();
+}
+
+void async_wait(size_t pending) {
+  const Ignored ours;
+  auto& groups = self()->groups;
+  while (groups.size() > pending + 1) {
+    for (const Copy& copy : groups.front()) {
+      auto* to = static_cast<unsigned char*>(shared_memory().write(copy.offset, copy.bytes));
+      if (copy.read) std::memcpy(to, copy.from, copy.read);
+      std::memset(to + copy.read, 0, copy.bytes - copy.read);
+    }
+    groups.pop_front();
+  }
 }
 
 SharedMemory& shared_memory() { return self()->of->shared; }
@@ -353,6 +422,7 @@ size_t block_number() { return self()->of->number; }
 bool knows(size_t block, uint32_t barriers) { return barriers < self()->of->known[block]; }
 
 void note_bank_access(size_t offset, size_t bytes) {
+  const Ignored ours;
   Lane* lane = self();
   auto& accesses = lane->warp->accesses;
   const size_t number = lane->accesses++;
@@ -371,6 +441,7 @@ int refuse(const std::string& why) {
 }
 
 int launch(const Launch& what, const std::function<void()>& body) {
+  const Ignored ours;
   const auto size = [](Index i) { return uint64_t(i.x) * i.y * i.z; };
   error_text.clear();
   if (size(what.grid) == 0 || size(what.block) == 0 || size(what.block) > kMostThreads) {
@@ -394,6 +465,8 @@ int launch(const Launch& what, const std::function<void()>& body) {
     add_block(what, order[i]);
     if (!what.cooperative || i + 1 == order.size()) run();
   }
+  observe(&state);
+  reuse_stacks();
   return state.failed ? kLaunchFailure : 0;
 }
 

@@ -1,7 +1,8 @@
 // The emulator's interface. CUDA sources, unchanged, are compiled by g++ against include/, whose headers turn CUDA's
 // names into calls of these functions; simt.cpp runs a launch with every CUDA thread as a fiber of one host thread.
 //
-//   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h, and device/intrinsics.h in place of the kernels' own
+//   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h; in place of the kernels' own, the headers of device/ that
+//                 hold PTX or touch memory
 //   fiber.*       a stack and a switch
 //   simt.cpp      blocks, schedules, barriers, warp collectives
 //   memory.*      shared memory that remembers who touched it; accesses to global memory, counted and checked
@@ -73,10 +74,17 @@ int launch(const Launch& what, const std::function<void()>& body);
 int refuse(const std::string& why);  // the error of a launch that cannot be
 const std::string& last_error();
 
+// Executes launches in the emulator's stead, where set: the PTX of the same kernels (tests/ptx). Returns what went
+// wrong, or nullptr.
+using Elsewhere = const char* (*)(const void* kernel, const unsigned* grid, const unsigned* block, size_t shared_bytes,
+                                  int cooperative, const void* const* arguments);
+extern Elsewhere elsewhere;
+
 // ---- called by fibers --------------------------------------------------------------------------------------------
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch
 void block_barrier();
+bool block_any(bool vote);  // a barrier that tells whether anybody voted for it
 
 // Between blocks of a cooperative launch: adds one to a word of global memory, after all that this thread knows of; and
 // goes on once the word is at least `least`, knowing what those knew who added to it.
@@ -88,6 +96,12 @@ void wait_for(const unsigned* word, unsigned least);
 using Combine = void (*)(void** values, unsigned mask);
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine);
 inline const char* const kSyncWarp = "__syncwarp";  // the one meeting that orders memory
+
+// Copies to shared memory that the thread does not wait for: `read` bytes from `from`, then zeros, `bytes` in all. The
+// target is NaN until the thread waits for the copy's group.
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes);
+void async_commit();              // ends a group
+void async_wait(size_t pending);  // for all groups but the last `pending`
 
 // ---- mutations ---------------------------------------------------------------------------------------------------
 

@@ -26,5 +26,5 @@ class Linear(KeepsPacked, torch.nn.Linear):
 
     def run(self, input: Tensor, **options: Any) -> Tensor:
         """functional.linear with its options: activation, residual, dropout_p."""
-        packed = packed_weight(self, "weight", self.weight, input)
-        return F.linear(input, self.weight, self.bias, packed=packed, **options)
+        weight = self.weight  # once: a parametrization computes it anew each time it is read
+        return F.linear(input, weight, self.bias, packed=packed_weight(self, "weight", weight, input), **options)

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as _transforms_active
+from torch._C import _is_tracing
 
 from .. import _C, backends
 from ..ops.linear import FEW_ROWS
@@ -71,6 +72,8 @@ def kept(
     in_training: keep it in training too; the caller then drops it in the backward.
     """
     if torch.compiler.is_compiling() or _transforms_active() or not getattr(module, "keep_packed", True):
+        return None
+    if _is_tracing():  # torch.jit.trace would write it into its graph, where no new weight could reach it
         return None
     if not in_training and module.training and torch.is_grad_enabled():
         drop(module)

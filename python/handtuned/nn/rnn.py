@@ -20,6 +20,8 @@ from .packing import KeepsPacked, kept
 from .rnn_straight import STACK, run_cell_straight, run_straight
 from .twins import twin
 
+NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # parameters of layer norms, in this order
+
 
 class _Recurrent(KeepsPacked):
     """What all six share: the variant's options in the constructor, and its parameters."""
@@ -40,13 +42,20 @@ class _Recurrent(KeepsPacked):
         mode: str = self.mode  # type: ignore[assignment]
         return mode
 
+    def reset_parameters(self) -> None:
+        """torch's initialisation; gains of layer norms are 1, their bias 0."""
+        super().reset_parameters()  # type: ignore[misc]
+        for name, parameter in self.named_parameters(recurse=False):
+            if "_ln_" in name:
+                torch.nn.init.constant_(parameter, float(name.startswith("weight")))
+
     def extra_repr(self) -> str:
         options = [f"{name}={value!r}" for name, value in self.variant.given().items()]
         return ", ".join([super().extra_repr(), *options])
 
 
 def _add_parameters(module: Any, cell: Cell) -> None:
-    """Gives a module of torch's the parameters of a variant: weights without the rows of f, peepholes."""
+    """Gives a module of torch's the parameters of a variant: weights without the rows of f, peepholes, layer norms'."""
     one_step = isinstance(module, torch.nn.RNNCellBase)
     first = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if module.bias else [])]
     for names in [first] if one_step else module._all_weights:
@@ -62,6 +71,12 @@ def _add_parameters(module: Any, cell: Cell) -> None:
             name = names[0].replace("weight_ih", "weight_ch")
             setattr(module, name, torch.nn.Parameter(like.new_empty(cell.peephole_gates * module.hidden_size)))
             names.append(name)
+        rows = cell.gates * module.hidden_size
+        for kind, size in zip(NORMS, (rows, rows, *(module.hidden_size,) * 2), strict=True):
+            if NORMS.index(kind) < cell.gains(module.bias):
+                name = names[0].replace("weight_ih", kind)
+                setattr(module, name, torch.nn.Parameter(like.new_empty(size)))
+                names.append(name)
     if not one_step:
         module._flat_weights_names = [name for names in module._all_weights for name in names]
         module._init_flat_weights()
@@ -104,6 +119,8 @@ def _run_cell(module: Any, input: Tensor, hx: Any) -> Any:
         weights += [module.bias_ih, module.bias_hh]
     if module.variant.peepholes:
         weights.append(module.weight_ch)
+    if module.variant.layer_norm:
+        weights += [getattr(module, name) for name in NORMS if hasattr(module, name)]
     packed, spent = _packed(module, weights, module.bias_ih is not None, False)
     return run_cell(
         *(type(module).__name__, module._mode(), input, hx, weights, packed, module.variant, module.training, spent)

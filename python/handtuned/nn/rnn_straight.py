@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active as _transforms_active
 from torch._C import _is_any_autocast_enabled as _any_autocast
+from torch._C import _is_tracing
 from torch.autograd import forward_ad
 
 from .. import backends, ops
@@ -26,7 +27,7 @@ _rnn_inference, _rnn_cell = ops.rnn_inference._op, ops.rnn_cell._op
 def _packed(module: Any, input: Any, dims: int) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) is not Tensor or not backends.plain:
         return None
-    if _any_autocast() or _transforms_active() or forward_ad._current_level >= 0 or not input.is_cpu:
+    if _any_autocast() or _transforms_active() or forward_ad._current_level >= 0 or _is_tracing() or not input.is_cpu:
         return None
     if module.variant is not PLAIN or input.ndim != dims or input.shape[-1] != module.input_size:
         return None

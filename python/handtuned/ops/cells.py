@@ -15,6 +15,7 @@ class Cell:
     peepholes: bool = False
     hardsigmoid: bool = False
     hardtanh: bool = False
+    layernorm: bool = False
 
     @property
     def mode(self) -> str:
@@ -39,13 +40,21 @@ class Cell:
 
     def weights(self, bias: bool, projected: bool) -> int:
         """Tensors of a layer and direction."""
-        return 2 + 2 * bias + projected + self.peepholes
+        return 2 + 2 * bias + projected + self.peepholes + self.gains(bias)
+
+    def gains(self, bias: bool) -> int:
+        """Those of its layer norms: gains of W_ih x, of W_hh h; the LSTM's of its cell state, and the bias."""
+        return 2 + self.is_lstm * (1 + bias) if self.layernorm else 0
+
+    def normed(self, hidden: int) -> int:
+        """Numbers that the layer norms of a step leave for the backward."""
+        return 2 * self.gates * hidden + (4 if self.is_lstm else 2) if self.layernorm else 0
 
 
 def _words(name: str) -> list[bool]:
     """Which words a name allows."""
     lstm = name == "LSTM"
-    return [lstm, lstm, lstm or name == "GRU", name != "RNN_RELU"]
+    return [lstm, lstm, lstm or name == "GRU", name != "RNN_RELU", True]
 
 
 CELLS = {
@@ -55,6 +64,6 @@ CELLS = {
 }
 MODES = (
     "allowed are LSTM, GRU, RNN_TANH and RNN_RELU, and then, after a space each and in this order, coupled and "
-    "peepholes (LSTM), hardsigmoid (LSTM and GRU) and hardtanh (all but RNN_RELU)"
+    "peepholes (LSTM), hardsigmoid (LSTM and GRU), hardtanh (all but RNN_RELU) and layernorm"
 )
 RATES = ("zoneout", "cell_zoneout", "recurrent_dropout", "weight_dropout")

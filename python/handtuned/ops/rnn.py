@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from .cells import CELLS, MODES, RATES, Cell
 from .common import Arguments, by_name, namespace, register, wide_dtype
 
@@ -53,6 +54,12 @@ class RnnArguments(Arguments):
         mode = self["mode"]
         self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
         self.cell = CELLS[mode]
+        on_cuda = self.main.device.type == "cuda" and backends.runs_kernels()
+        self.require(
+            not (self.cell.layernorm and on_cuda and backends.why_no_cuda_kernel(self.op) is None),
+            f"mode is '{mode}', and the CUDA kernels do not normalise gates; use handtuned.backend('reference') or "
+            "move the input to the CPU",
+        )
         if self.weights is not None:
             self._check_weights(self.weights)
         else:
@@ -141,7 +148,9 @@ class RnnArguments(Arguments):
         biases = [(rows,), (rows,)] if self["bias"] else []
         projection = [(self.state, self.hidden)] if self.state != self.hidden else []
         peepholes = (self.cell.peephole_gates * self.hidden,)
-        return [(rows, inputs), (rows, self.state), *biases, *projection, peepholes][place]
+        gains = [(rows,), (rows,), (self.hidden,), (self.hidden,)] if self.cell.layernorm else []
+        first = [(rows, inputs), (rows, self.state), *biases, *projection]
+        return [*first, *([peepholes] if self.cell.peepholes else []), *gains][place]
 
     @property
     def is_packed(self) -> bool:
@@ -218,6 +227,9 @@ class RnnArguments(Arguments):
             one = matrix(gates, self.hidden, inputs) + matrix(gates, self.hidden, self.state)
             one += matrix(1, self.state, self.hidden) if self.state != self.hidden else 0
             one += self.cell.peephole_gates * _round_up(self.hidden, 64) * wide
+            if self.cell.layernorm:
+                one += 4 * columns(gates, self.hidden) * wide
+                one += 2 * _round_up(self.hidden, 64) * wide if self.cell.is_lstm else 0
             total += self.directions * (one + 2 * columns(gates, self.hidden) * wide)
         return total
 
@@ -231,7 +243,7 @@ class RnnArguments(Arguments):
         )
 
     def _saved_numbers(self) -> int:
-        each = self.state + self.cell.kept(self.rates["zoneout"]) * self.hidden
+        each = self.state + self.cell.kept(self.rates["zoneout"]) * self.hidden + self.cell.normed(self.hidden)
         return self.layers * self.rows * self.directions * each
 
     def _check_saved(self) -> None:

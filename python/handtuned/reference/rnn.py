@@ -8,14 +8,18 @@ Of each layer and direction, with x_t its input at a step and h, c the state (bo
     RNN       h' = tanh or relu of  W_ih x_t + b_ih + W_hh h + b_hh
 Variants: the LSTM's gates coupled, f = 1 - i, and with peepholes, p_i * c, p_f * c and p_o * c' added to what i, f and
 o are of; hard sigmoid and tanh; zoneout, h and c become w * new + (1 - w) * old with w drawn from {0, 1}, or without a
-seed 1 - p; dropout of the h that W_hh multiplies, by one mask for all steps, and of W_hh.
+seed 1 - p; dropout of the h that W_hh multiplies, by one mask for all steps, and of W_hh. With layer norms
+    g_ih * LN(W_ih x_t) + b_ih  and  g_hh * LN(W_hh h) + b_hh,  each LN over the row of all gates, stand for
+    W_ih x_t + b_ih  and  W_hh h + b_hh,  and the LSTM's  h' = o * tanh(g_c * LN(c') + b_c),  where
+    LN(v) = (v - mean(v)) / sqrt(var(v) + 1e-5).
 A row's state stands still at the steps past its length: going forward it ends there, going backward it starts there.
 
 ``recur`` takes the weights themselves and is differentiable as it stands; the ops take them packed.
 Sources: Hochreiter and Schmidhuber 1997, Gers et al. 2000, Sak et al. 2014 (arXiv:1402.1128, the projection), Cho et
 al. 2014 (arXiv:1406.1078) in the form of torch.nn.GRU, Elman 1990, torch.nn.LSTM, GRU and RNN; Gers and Schmidhuber
 2000 (peepholes), Greff et al. 2017 (arXiv:1503.04069, coupled gates), Krueger et al. 2017 (arXiv:1606.01305, zoneout),
-Gal and Ghahramani 2016 (arXiv:1512.05287, dropout of states), Merity et al. 2018 (arXiv:1708.02182, of weights).
+Gal and Ghahramani 2016 (arXiv:1512.05287, dropout of states), Merity et al. 2018 (arXiv:1708.02182, of weights), Ba et
+al. 2016 (arXiv:1607.06450, equations 20 to 22, layer norms; the GRU's and RNN's likewise, as in haste).
 """
 
 from __future__ import annotations
@@ -25,12 +29,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardtanh, linear
+from torch.nn.functional import hardtanh, layer_norm, linear
 
 from ..ops.cells import CELLS, RATES, Cell
 from .norm import _wide, dropout_factor
 
 HEADER_BYTES = 64
+EPSILON = 1e-5
 State = tuple[Tensor, Tensor | None]  # h, and c of the LSTM
 Rates = Sequence[float] | None
 Step = Callable[[Tensor, Tensor, "Direction", State], State]
@@ -47,6 +52,23 @@ class Direction:
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
     peepholes: Tensor | None = None
+    gains: tuple[Tensor, ...] = ()  # of layer norms: of W_ih x, of W_hh h; of c', bias of c'
+
+    def from_input(self, x: Tensor) -> Tensor:
+        return self._normed(x, self.w_ih, self.b_ih, 0)
+
+    def from_state(self, h: Tensor) -> Tensor:
+        return self._normed(h, self.w_hh, self.b_hh, 1)
+
+    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, which: int) -> Tensor:
+        if not self.gains:
+            return linear(x, weight, bias)
+        return layer_norm(linear(x, weight), weight.shape[:1], self.gains[which], bias, EPSILON)
+
+    def bend(self, c: Tensor) -> Tensor:
+        if self.gains:
+            c = layer_norm(c, c.shape[-1:], self.gains[2], self.gains[3] if len(self.gains) == 4 else None, EPSILON)
+        return self.tanh(c)
 
     def sigmoid(self, x: Tensor) -> Tensor:
         return (x + 3).clamp(0, 6) / 6 if self.cell.hardsigmoid else x.sigmoid()
@@ -67,7 +89,7 @@ def _lstm(from_input: Tensor, from_state: Tensor, w: Direction, state: State) ->
     i, *f, g, o = (from_input + from_state).chunk(w.cell.gates, -1)
     i = w.sigmoid(i + w.peep(0, c))
     c = (w.sigmoid(f[0] + w.peep(1, c)) if f else 1 - i) * c + i * w.tanh(g)
-    h = w.sigmoid(o + w.peep(-1, c)) * w.tanh(c)
+    h = w.sigmoid(o + w.peep(-1, c)) * w.bend(c)
     return (h if w.w_hr is None else linear(h, w.w_hr)), c
 
 
@@ -130,13 +152,13 @@ def _run(
     x: Tensor, running: Tensor | None, w: Direction, state: State, noise: _Noise, reverse: bool
 ) -> tuple[Tensor, Tensor | None, State]:
     """One direction over x [T, B, width]; running [T, B, 1] is where a row has a step. h and c there, else 0."""
-    from_inputs = linear(x, w.w_ih, w.b_ih)
+    from_inputs = w.from_input(x)
     steps = range(x.shape[0])
     outputs: list[Tensor] = []
     cells: list[Tensor] = []
     for t in reversed(steps) if reverse else steps:
         seen = state[0] if noise.states is None else state[0] * noise.states
-        h, c = STEPS[w.cell.name](from_inputs[t], linear(seen, w.w_hh, w.b_hh), w, state)
+        h, c = STEPS[w.cell.name](from_inputs[t], w.from_state(seen), w, state)
         h = _zone(None if noise.share_h is None else noise.share_h[t], h, state[0])
         if c is not None and state[1] is not None:
             c = _zone(None if noise.share_c is None else noise.share_c[t], c, state[1])
@@ -258,8 +280,9 @@ def _directions(weights: list[Tensor], mode: str, bias: bool) -> list[Direction]
     for first in range(0, len(weights), each):
         w = [_wide(t) for t in weights[first : first + each]]
         b_ih, b_hh = w[2:4] if bias else (None, None)
+        w, gains = w[: each - cell.gains(bias)], tuple(w[each - cell.gains(bias) :])
         peepholes = w.pop() if cell.peepholes else None
-        found.append(Direction(cell, w[0], w[1], b_ih, b_hh, w[-1] if projected else None, peepholes))
+        found.append(Direction(cell, w[0], w[1], b_ih, b_hh, w[-1] if projected else None, peepholes, gains))
     return found
 
 
@@ -285,7 +308,10 @@ def rnn_pack(
     for k, w in enumerate(stack):
         rows, w_hh = w.w_ih.shape[0], w.w_hh if dropped is None else w.w_hh * dropped[k]
         biases = [w.w_ih.new_zeros(rows) if b is None else b for b in (w.b_ih, w.b_hh)]
-        for tensor in (w.w_ih, w_hh, *biases, w.w_hr, w.peepholes):
+        gains = list(w.gains)
+        if len(gains) == 3:  # no bias of c'
+            gains.append(torch.zeros_like(gains[2]))
+        for tensor in (w.w_ih, w_hh, *biases, w.w_hr, w.peepholes, *gains):
             if tensor is not None:
                 data = tensor.detach().to(weights[0].dtype).reshape(-1).view(torch.uint8)
                 packed[offset : offset + data.numel()] = data
@@ -303,6 +329,7 @@ def _unpacked(
         width = inputs if k < directions else directions * state
         shapes = [(rows, width), (rows, state), (rows,), (rows,), *([(proj, hidden)] if proj else [])]
         shapes += [(cell.peephole_gates * hidden,)] if cell.peepholes else []
+        shapes += [(rows,), (rows,), (hidden,), (hidden,)][: cell.gains(True)]
         for shape in shapes:
             count = torch.Size(shape).numel() * dtype.itemsize
             weights.append(packed[offset : offset + count].view(dtype).reshape(shape))
@@ -334,7 +361,8 @@ def rnn(
     )
     rates = None if rates is None else (*rates[:-1], 0.0)  # rnn_pack has dropped weights already
     *result, cells = recur(input, lengths, h0, c0, weights, mode, bidirectional, True, dropout_p, rates, seed)
-    each = state + CELLS[mode].kept(rates[0] if rates else 0.0) * hidden_size
+    cell = CELLS[mode]
+    each = state + cell.kept(rates[0] if rates else 0.0) * hidden_size + cell.normed(hidden_size)
     numbers = num_layers * directions * input.shape[:-1].numel() * each
     saved = _wide(input).new_zeros(numbers if need_saved else 0)
     return result[0], result[1], result[2], cells if need_cells else input.new_empty(0), saved

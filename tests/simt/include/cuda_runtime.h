@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
 
 #include "simt.h"
@@ -47,6 +48,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // ---- synchronisation and warps -----------------------------------------------------------------------------------
 
 inline void __syncthreads() { simt::block_barrier(); }
+inline int __syncthreads_or(int vote) { return simt::block_any(vote != 0); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::warp_meet(simt::kSyncWarp, mask, nullptr, [](void**, unsigned) {});
 }
@@ -115,7 +117,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
+using std::abs;
+using std::exp;
+using std::exp2;
+using std::fma;
+using std::isfinite;
+using std::log;
 using std::sqrt;
+using std::tanh;
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -203,6 +213,16 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   bool cooperative = false;
   for (unsigned i = 0; i < config->numAttrs; ++i)
     if (config->attrs[i].id == cudaLaunchAttributeCooperative) cooperative = config->attrs[i].val.cooperative != 0;
+  if (simt::elsewhere) {
+    const std::tuple<Params...> values(args...);
+    return std::apply(
+        [&](const Params&... value) {
+          const void* const arguments[] = {&value...};
+          const char* wrong = simt::elsewhere(address, &g.x, &b.x, config->dynamicSmemBytes, cooperative, arguments);
+          return wrong ? simt::refuse(wrong) : cudaSuccess;
+        },
+        values);
+  }
   return simt::launch({{g.x, g.y, g.z}, {b.x, b.y, b.z}, config->dynamicSmemBytes, cooperative},
                       [&] { kernel(Params(args)...); });
 }

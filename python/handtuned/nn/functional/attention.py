@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from .norm import _draw_seed, _or_none
 
 Window = int | tuple[int | None, int | None] | None
@@ -113,10 +113,8 @@ def attend(
                 "pass alibi_slopes.detach(), or the bias as an additive mask"
             )
         if wants_grad(kernels, query, key, value, mask, sinks):
-            if torch.compiler.is_compiling():  # dynamo takes no tensor twice; queries may be keys and values too
-                key, value = key.view_as(key), value.view_as(value)
-                key_starts = None if key_starts is None else key_starts.view_as(key_starts)
-            pair: tuple[Tensor, Tensor] = _Attention.apply(  # type: ignore[no-untyped-call]
+            pair: tuple[Tensor, Tensor] = apply(
+                _Attention,
                 *(kernels, query, key, value, mask, query_starts, key_starts, key_lengths, alibi_slopes, sinks),
                 *(scale, bottom_right, window_left, window_right, softcap, dropout_p, seed),
             )

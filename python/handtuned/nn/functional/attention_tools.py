@@ -93,22 +93,20 @@ def _check_weights(query: Tensor, key: Tensor, lse: Tensor, top_k: int | None) -
         "of a packed one",
     )
     batch, heads, _, width = query.shape
-    require(
-        key.dim() == 4
-        and (key.shape[0], key.shape[3]) == (batch, width)
-        and key.shape[1] > 0
-        and heads % key.shape[1] == 0,
-        f"key has shape {list(key.shape)}, expected [{batch}, Hk, Lk, {width}] beside a query of shape "
-        f"{list(query.shape)}, its {heads} heads a multiple of Hk; pass the key of the same attention",
-    )
+    together = key.dim() == 4 and (key.shape[0], key.shape[3]) == (batch, width)
+    # A size in a message would bind torch.compile to its number, so where one can, it is written only for an error.
+    if not (together and key.shape[1] > 0 and heads % key.shape[1] == 0):
+        require(
+            False,
+            f"key has shape {list(key.shape)}, expected [{batch}, Hk, Lk, {width}] beside a query of shape "
+            f"{list(query.shape)}, its {heads} heads a multiple of Hk; pass the key of the same attention",
+        )
     require(
         lse.shape == query.shape[:-1],
         f"lse has shape {list(lse.shape)}, expected {list(query.shape[:-1])}; pass what return_lse=True gave",
     )
-    require(
-        top_k is None or 1 <= top_k <= key.shape[2],
-        f"top_k is {top_k}, the limits are 1 and the {key.shape[2]} keys; pass a smaller number",
-    )
+    if top_k is not None and not 1 <= top_k <= key.shape[2]:
+        require(False, f"top_k is {top_k}, the limits are 1 and the {key.shape[2]} keys; pass a smaller number")
 
 
 def attention_weights(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from ...ops.cross_entropy import REDUCTIONS
 from .linear import _autocast
 from .norm import _or_none
@@ -101,7 +101,7 @@ def linear_cross_entropy(
     numbers = (number, ignored, float(label_smoothing), float(softcap), float(z_loss))
     given = (input, linear_weight, linear_bias, target, weight, *numbers)
     if torch.is_grad_enabled() and wants_grad(kernels, input, linear_weight, linear_bias):
-        loss: Tensor = _LinearCrossEntropy.apply(kernels, *given)  # type: ignore[no-untyped-call]
+        loss: Tensor = apply(_LinearCrossEntropy, kernels, *given)
     else:
         loss = kernels.linear_cross_entropy(*given)[0]
     return loss.to(dtype)

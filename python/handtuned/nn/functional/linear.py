@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from ...ops.linear import ACTIVATIONS
 from .norm import _draw_seed, _dropout, _or_none
 
@@ -132,7 +132,7 @@ def linear(
     p = _dropout("linear", dropout_p, training) if dropout_p else 0.0
     seed = _draw_seed(input) if p > 0 else None
     if torch.is_grad_enabled() and wants_grad(kernels, input, weight, bias, residual):
-        output: Tensor = _Linear.apply(kernels, input, weight, bias, residual, packed, number, p, seed)  # type: ignore[no-untyped-call]
+        output: Tensor = apply(_Linear, kernels, input, weight, bias, residual, packed, number, p, seed)
         return output
     output = kernels.linear_inference(input, weight, bias, residual, packed, number, p, seed)
     return output

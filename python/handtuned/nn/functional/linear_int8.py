@@ -17,7 +17,7 @@ from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
 from ... import ops, reference
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from .linear import _autocast, activation_number
 from .norm import _draw_seed, _dropout, _or_none
 
@@ -129,7 +129,7 @@ def linear_int8(
                 "handtuned.linear_int8: scale requires grad, which an int8 weight has none of; detach it, or train the "
                 "float layer and quantize it after"
             )
-        output: Tensor = _LinearInt8.apply(kernels, input, *args)  # type: ignore[no-untyped-call]
+        output: Tensor = apply(_LinearInt8, kernels, input, *args)
         return output
     output, _ = kernels.linear_int8(input, *args, False)
     return output

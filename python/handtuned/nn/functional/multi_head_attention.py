@@ -68,10 +68,9 @@ def _check_mask(name: str, mask: Tensor, *allowed: list[int]) -> None:
         f"{name} is {mask.dtype}, allowed are bool (True hides) and floating-point types (added to the scores); "
         "convert it with .to()",
     )
-    _require(
-        list(mask.shape) in allowed,
-        f"{name} has shape {list(mask.shape)}, expected {' or '.join(map(str, allowed))}; reshape it",
-    )
+    if list(mask.shape) not in allowed:  # only then, since dynamo cannot write a list of symbols
+        shapes = " or ".join(map(str, allowed))
+        _require(False, f"{name} has shape {list(mask.shape)}, expected {shapes}; reshape it")
 
 
 def _given(name: str, weight: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 
 
 def _normalized_ndim(op: str, input: Tensor, normalized_shape: Sequence[int]) -> int:
@@ -213,7 +213,7 @@ def layer_norm(
     ndim = _normalized_ndim("layer_norm", input, normalized_shape)
     kernels = kernels_for("layer_norm", input)
     if torch.is_grad_enabled() and wants_grad(kernels, input, weight, bias):
-        output: Tensor = _LayerNorm.apply(kernels, input, ndim, weight, bias, eps)  # type: ignore[no-untyped-call]
+        output: Tensor = apply(_LayerNorm, kernels, input, ndim, weight, bias, eps)
         return output
     output = kernels.layer_norm_inference(input, ndim, weight, bias, eps)
     return output
@@ -237,7 +237,7 @@ def rms_norm(
     kernels = kernels_for("rms_norm", input)
     eps = _rms_eps(input, eps)
     if torch.is_grad_enabled() and wants_grad(kernels, input, weight):
-        output: Tensor = _RMSNorm.apply(kernels, input, ndim, weight, eps)  # type: ignore[no-untyped-call]
+        output: Tensor = apply(_RMSNorm, kernels, input, ndim, weight, eps)
         return output
     output = kernels.rms_norm_inference(input, ndim, weight, eps)
     return output
@@ -272,7 +272,7 @@ def add_layer_norm(
     p = _dropout(op, dropout_p, training)
     seed = _draw_seed(input) if p > 0 else None
     if torch.is_grad_enabled() and wants_grad(kernels, input, residual, weight, bias):
-        pair: tuple[Tensor, Tensor] = _AddLayerNorm.apply(kernels, input, residual, ndim, weight, bias, eps, p, seed)  # type: ignore[no-untyped-call]
+        pair: tuple[Tensor, Tensor] = apply(_AddLayerNorm, kernels, input, residual, ndim, weight, bias, eps, p, seed)
         return pair
     output, new_residual, _ = kernels.add_layer_norm(input, residual, ndim, weight, bias, eps, p, seed)
     return output, new_residual
@@ -298,7 +298,7 @@ def add_rms_norm(
     eps = _rms_eps(input, eps)
     seed = _draw_seed(input) if p > 0 else None
     if torch.is_grad_enabled() and wants_grad(kernels, input, residual, weight):
-        pair: tuple[Tensor, Tensor] = _AddRMSNorm.apply(kernels, input, residual, ndim, weight, eps, p, seed)  # type: ignore[no-untyped-call]
+        pair: tuple[Tensor, Tensor] = apply(_AddRMSNorm, kernels, input, residual, ndim, weight, eps, p, seed)
         return pair
     output, new_residual, _ = kernels.add_rms_norm(input, residual, ndim, weight, eps, p, seed)
     return output, new_residual

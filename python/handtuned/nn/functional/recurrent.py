@@ -12,7 +12,7 @@ from torch.autograd import Function
 from torch.nn.utils.rnn import PackedSequence
 
 from ... import ops, reference
-from ...autograd import backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, kernels_for, wants_grad
 from .norm import _draw_seed, _dropout, _or_none
 from .variants import Variant
 
@@ -109,10 +109,8 @@ def _recur(
     if packed is None or weight_dropout > 0:
         packed = kernels.rnn_pack(weights, mode, bidirectional, bias, *drops)
     if torch.is_grad_enabled() and wants_grad(kernels, input, h0, c0, *weights):
-        if torch.compiler.is_compiling() and c0 is not None:  # dynamo takes no tensor twice
-            c0 = c0.view_as(c0)
-        found: tuple[Tensor, Tensor, Tensor, Tensor] = _Rnn.apply(  # type: ignore[no-untyped-call]
-            kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, need_cells, *weights
+        found: tuple[Tensor, Tensor, Tensor, Tensor] = apply(
+            _Rnn, kernels, spent, input, lengths, h0, c0, seed, packed, sizes, bias, need_cells, *weights
         )
         return found
     if seed is None and rates is None and not need_cells:
@@ -176,7 +174,7 @@ def _lengths(op: str, input: Tensor, lengths: Any) -> Tensor | None:
     if lengths is None:
         return None
     _require(op, input.dim() == 3, f"lengths is given but input has {input.dim()} dims; unsqueeze the batch dim")
-    moved: Tensor = torch.as_tensor(lengths).to("cpu", torch.int64)
+    moved: Tensor = torch.as_tensor(lengths).to("meta" if input.is_meta else "cpu", torch.int64)
     return moved
 
 
@@ -271,8 +269,9 @@ def run_cell(
         packed = packed if ws[0].dtype == weights[0].dtype else None
     dims = input.dim()
     _require(op, dims in (1, 2), f"input has {dims} dims, expected 2, or 1 without a batch; reshape it")
-    bias = len(ws) - ops.CELLS[variant.mode(mode)].peepholes == 4
-    _check(op, input, ws, 1, len(ws))
+    cell = ops.CELLS[variant.mode(mode)]
+    bias = len(ws) >= cell.weights(True, False)
+    _check(op, input, ws, 1, cell.weights(bias, False))
     for name, state in (("h", h0), ("c", c0)):
         same = state is None or state.dim() == dims
         _require(

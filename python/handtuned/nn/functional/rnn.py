@@ -6,8 +6,8 @@ once.
 
 With lengths, or packed rows, a row's output past its length is 0, its final state is that of its last step, and the
 reverse direction starts there; what stands in the padding reaches nothing. Weights come as in torch, of each layer and
-direction w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if the state is projected, then peepholes. Kernels read them in
-a layout of their own, made in each call unless it is passed in: pack_rnn_weights.
+direction w_ih, w_hh, then b_ih, b_hh if bias, then w_hr if the state is projected, then peepholes, then those of layer
+norms. Kernels read them in a layout of their own, made in each call unless it is passed in: pack_rnn_weights.
 
 Errors: RuntimeError naming the argument, its value, the limit and the remedy.
 """
@@ -41,7 +41,7 @@ def pack_rnn_weights(
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         weights: torch's flat weights, as the functions take them; one layer's for a cell.
         bias, bidirectional: what the weights are of.
-        options: the variant that they are of; only coupled_gates and peepholes make a difference.
+        options: the variant that they are of; only coupled_gates, peepholes and layer_norm make a difference.
 
     Returns:
         Bytes (uint8), about as many as the weights', for the instruction set in use. A copy: it does not follow later
@@ -85,7 +85,8 @@ def lstm(
             they are packed in each call. Ignored where autocast takes the weights in another dtype.
 
         options: what differs from torch's LSTM: see variants.Variant. Outside training zoneout is its expectation and
-            nothing is dropped. With peepholes, weights has those as the last of each layer and direction.
+            nothing is dropped. With peepholes, then with layer_norm, weights has theirs as the last of each layer and
+            direction.
 
     Returns:
         output (T, B, directions * R), batch first, unbatched or packed as input is, and (hn, cn) like hx;
@@ -174,16 +175,18 @@ def lstm_cell(
     b_hh: Tensor | None = None,
     *,
     w_ch: Tensor | None = None,
+    w_ln: Sequence[Tensor] = (),
     training: bool = False,
     packed: Tensor | None = None,
     **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: (h, c) from input (B, I) and hx ((B, H), (B, H)), or without B; None for zeros.
 
-    w_ch: the peepholes' weights, with peepholes=True. training: zoneout draws, else takes its expectation.
+    w_ch: the peepholes' weights, with peepholes=True. w_ln: those of layer norms, with layer_norm=True. training:
+    zoneout draws, else takes its expectation.
     """
     variant = variant_of("lstm_cell", "LSTM", options, one_step=True)
-    weights = _given(w_ih, w_hh, b_ih, b_hh, w_ch)
+    weights = _given(w_ih, w_hh, b_ih, b_hh, w_ch, *w_ln)
     found: tuple[Tensor, Tensor] = run_cell("lstm_cell", "LSTM", input, hx, weights, packed, variant, training)
     return found
 
@@ -196,13 +199,14 @@ def gru_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    w_ln: Sequence[Tensor] = (),
     training: bool = False,
     packed: Tensor | None = None,
     **options: Unpack[Options],
 ) -> Tensor:
     """One step of a GRU: h from input (B, I) and hx (B, H), or without B; None for zeros."""
     variant = variant_of("gru_cell", "GRU", options, one_step=True)
-    weights = _given(w_ih, w_hh, b_ih, b_hh)
+    weights = _given(w_ih, w_hh, b_ih, b_hh, *w_ln)
     found: Tensor = run_cell("gru_cell", "GRU", input, hx, weights, packed, variant, training)
     return found
 
@@ -215,6 +219,7 @@ def rnn_cell(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    w_ln: Sequence[Tensor] = (),
     training: bool = False,
     nonlinearity: str = "tanh",
     packed: Tensor | None = None,
@@ -223,5 +228,6 @@ def rnn_cell(
     """One step of an RNN: h from input (B, I) and hx (B, H), or without B; None for zeros."""
     mode = _mode("rnn_cell", nonlinearity)
     variant = variant_of("rnn_cell", mode, options, one_step=True)
-    found: Tensor = run_cell("rnn_cell", mode, input, hx, _given(w_ih, w_hh, b_ih, b_hh), packed, variant, training)
+    weights = _given(w_ih, w_hh, b_ih, b_hh, *w_ln)
+    found: Tensor = run_cell("rnn_cell", mode, input, hx, weights, packed, variant, training)
     return found

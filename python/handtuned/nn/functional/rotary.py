@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ... import backends
-from ...autograd import kernels_for, wants_grad
+from ...autograd import apply, kernels_for, wants_grad
 
 _OP = "rotary_embedding"
 
@@ -62,7 +62,7 @@ class _Rotary(Function):
 
 def _turn(kernels: Any, input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     if torch.is_grad_enabled() and wants_grad(kernels, input):
-        output: Tensor = _Rotary.apply(kernels, input, cos, sin, interleaved, inverse)  # type: ignore[no-untyped-call]
+        output: Tensor = apply(_Rotary, kernels, input, cos, sin, interleaved, inverse)
         return output
     output = kernels.rotary(input, cos, sin, interleaved, inverse)
     return output

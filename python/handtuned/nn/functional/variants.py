@@ -19,6 +19,7 @@ class Options(TypedDict, total=False):
     cell_zoneout: float
     recurrent_dropout: float
     weight_dropout: float
+    layer_norm: bool
     return_cell_states: bool
 
 
@@ -36,6 +37,11 @@ class Variant:
     recurrent_dropout: probability of dropping a unit of the h that W_hh multiplies, while training; one mask for all
         steps of a sequence.
     weight_dropout: probability of dropping an element of W_hh for a call, while training (DropConnect).
+    layer_norm: layer normalisation in each step (Ba et al. 2016, equations 20 to 22; in haste likewise). Of the vectors
+        W_ih x and W_hh h of all gates each is normalised as a whole, times a gain of its own (weight_ln_ih and
+        weight_ln_hh, of weight_ih's rows), before its bias b_ih or b_hh is added; and the LSTM's h is
+        o * tanh(weight_ln_c * LN(c) + bias_ln_c), without bias_ln_c where bias=False. LN(v) is (v - mean) /
+        sqrt(variance + 1e-5). Peepholes see c as it is. Among a function's weights they come last, in this order.
     return_cell_states: the LSTM returns a third result, c after each step of the last layer, shaped as output with the
         width directions * H.
     """
@@ -48,6 +54,7 @@ class Variant:
     cell_zoneout: float = 0.0
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    layer_norm: bool = False
     return_cell_states: bool = False
 
     def given(self) -> dict[str, Any]:
@@ -63,6 +70,7 @@ class Variant:
             "peepholes": self.peepholes,
             "hardsigmoid": self.recurrent_activation == "hardsigmoid",
             "hardtanh": self.activation == "hardtanh",
+            "layernorm": self.layer_norm,
         }
         return " ".join([name, *(word for word, given in words.items() if given)])
 

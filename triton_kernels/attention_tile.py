@@ -1,0 +1,352 @@
+"""Attention in Triton: what the kernels of forward and backward share. The maths is in csrc/attention.h.
+
+A tile is BLOCK_ROWS rows times BLOCK_KEYS keys of one batch entry and one kv head. Rows of a tile are those of all
+query heads that read the kv head: row r is query r / group of head kv_head * group + r % group. So a single query of
+grouped heads fills a tile, keys are read once for the whole group, and the gradients of a kv head need no second sum.
+
+Scores are kept as t, with weights exp2(t * unit - ...). PLAIN, without softcap, additive mask and slopes and with a
+positive scale, t is the bare product and unit = scale * log2(e): one multiplication and addition an element. Otherwise
+t is the score itself and unit = log2(e), and what is subtracted is so before the multiplication: a mask of the lowest
+number of its dtype stays finite. Hidden pairs have t = -inf.
+
+Widths are padded to a power of two (WIDTH, VALUE_WIDTH) by masks: nothing behind a row is read. Where one block does
+not hold a row (WHOLE is false) products go over it block by block, and value columns get programs of their own.
+
+A NaN in a key or value that is hidden from a query must not reach it, but 0 * NaN is NaN. Tiles are computed as if
+there were none. Where keys can be hidden inside a tile, a program whose result is not finite says so with a flag, and a
+second launch of the kernel does what is flagged once more: CAREFUL replaces what is not finite by 0 and adds NaN to the
+rows that see it. (In one kernel the second way takes registers from the first.)
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the parameters of device functions have no Python types)
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import scalar
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# ---- arguments of the kernels ----------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """[batch, heads, rows, width], or packed [rows, heads, width] with batch = 0; or pages, batch apart."""
+
+    data: Tensor | None
+    batch: int = 0  # strides in elements; the last is 1
+    head: int = 0
+    row: int = 0
+
+
+class Mask(NamedTuple):
+    data: Tensor | None  # bool as uint8
+    batch: int = 0  # strides in elements, 0 along a broadcast dim
+    head: int = 0
+    row: int = 0
+    key: int = 0
+
+
+class Inputs(NamedTuple):
+    query: Rows
+    key: Rows
+    value: Rows
+    mask: Mask
+    seed: Tensor | None  # None without dropout
+
+
+class Sizes(NamedTuple):
+    batch: int
+    heads: int
+    group: int  # query heads of a kv head
+    query_rows: int  # of an entry; if packed all of them
+    key_rows: int
+    total_rows: int  # rows of one head in the lse
+    width: int
+    value_width: int
+    bottom_right: int
+    window_left: int  # unbounded: 2^31 - 1
+    window_right: int
+    max_pages: int
+    page_size: int
+    num_pages: int
+    statistics: int  # elements of the lse
+
+
+class Entries(NamedTuple):
+    """What is read on the device: nobody waits for it to know lengths."""
+
+    query_starts: Tensor | None
+    key_starts: Tensor | None
+    key_lengths: Tensor | None
+    pages: Tensor | None
+    slopes: Tensor | None
+    slopes_batch: int  # stride
+    tiles: Tensor | None  # packed: [2, tiles], the entry of each tile and its first row
+
+
+# ---- where a tile is -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tile_of(entries, tile, BLOCK: tl.constexpr, tiles, entry):
+    """(entry, first row) of a tile."""
+    if entries.tiles is not None:
+        entry = tl.load(entries.tiles + tile)
+        first = tl.load(entries.tiles + tiles + tile)
+    else:
+        first = tile * BLOCK
+    return entry, first
+
+
+@triton.jit
+def locate(sizes, entries, b):
+    """Of entry b: (queries, visible keys, stored keys, first packed query, first packed key).
+
+    Packed rows behind the last sequence are entry `batch`: its queries see no keys, its keys no queries.
+    """
+    queries, keys, first_query, first_key = sizes.query_rows, sizes.key_rows, 0, 0
+    real = b < sizes.batch
+    if entries.query_starts is not None:
+        first_query = tl.load(entries.query_starts + b).to(tl.int32)
+        queries = tl.load(entries.query_starts + b + 1, mask=real, other=sizes.query_rows).to(tl.int32) - first_query
+        keys = tl.where(real, keys, 0)
+    stored = keys
+    if entries.key_starts is not None:
+        first_key = tl.load(entries.key_starts + b).to(tl.int32)
+        stored = tl.load(entries.key_starts + b + 1, mask=real, other=sizes.key_rows).to(tl.int32) - first_key
+        keys = tl.where(real, stored, 0)
+    if entries.key_lengths is not None:
+        length = tl.load(entries.key_lengths + b, mask=real, other=0).to(tl.int32)
+        keys = tl.minimum(tl.maximum(length, 0), keys)
+    return queries, keys, stored, first_query, first_key
+
+
+@triton.jit
+def clipped(value, least, most):
+    """value, an int64 that may lie outside, as an int32 in [least, most]."""
+    return tl.minimum(tl.maximum(value, least), most).to(tl.int32)
+
+
+@triton.jit
+def keys_of_queries(sizes, first, last, keys, offset, BLOCK: tl.constexpr):
+    """Of queries first .. last: (begin, end) of the keys that any of them sees, (begin, end) of those that all see."""
+    low = first.to(tl.int64) + offset
+    high = last.to(tl.int64) + offset
+    begin = clipped(low - sizes.window_left, 0, keys)
+    end = clipped(high + sizes.window_right + 1, 0, keys)
+    all_begin = clipped(high - sizes.window_left, 0, keys)
+    all_end = clipped(low + sizes.window_right + 1, 0, keys)
+    return begin // BLOCK * BLOCK, end, all_begin, all_end
+
+
+@triton.jit
+def queries_of_keys(sizes, first, last, queries, offset):
+    """The same the other way round."""
+    low = first.to(tl.int64) - offset
+    high = last.to(tl.int64) - offset
+    begin = clipped(low - sizes.window_right, 0, queries)
+    end = clipped(high + sizes.window_left + 1, 0, queries)
+    all_begin = clipped(high - sizes.window_right, 0, queries)
+    all_end = clipped(low + sizes.window_left + 1, 0, queries)
+    return begin, end, all_begin, all_end
+
+
+@triton.jit
+def key_rows(tensor, entries, sizes, b, head, first, j):
+    """Offsets [keys] of the rows of keys j; j may be any number behind the end, for a masked load."""
+    if entries.pages is not None:
+        slot = tl.minimum(j // sizes.page_size, sizes.max_pages - 1)
+        page = tl.load(entries.pages + b.to(tl.int64) * sizes.max_pages + slot)
+        page = tl.minimum(tl.maximum(page, 0), sizes.num_pages - 1)
+        return page.to(tl.int64) * tensor.batch + head * tensor.head + (j % sizes.page_size).to(tl.int64) * tensor.row
+    else:
+        return b.to(tl.int64) * tensor.batch + head * tensor.head + (first + j).to(tl.int64) * tensor.row
+
+
+@triton.jit
+def query_rows(tensor, b, h, first, i):
+    """Offsets [rows] of queries i of heads h."""
+    return b.to(tl.int64) * tensor.batch + h.to(tl.int64) * tensor.head + (first + i).to(tl.int64) * tensor.row
+
+
+@triton.jit
+def statistics_rows(sizes, entries, b, h, first, i):
+    """Flat indices [rows] in the lse, which are also the rows of the dropout mask."""
+    if entries.query_starts is not None:
+        return h.to(tl.int64) * sizes.total_rows + first + i
+    else:
+        return (b.to(tl.int64) * sizes.heads + h) * sizes.total_rows + i
+
+
+@triton.jit
+def slopes_of(sizes, entries, b, h, inside, ACC: tl.constexpr):
+    """[rows, 1]; 0 where there are none."""
+    if entries.slopes is not None:
+        at = entries.slopes + b.to(tl.int64) * entries.slopes_batch + h
+        real = inside & (h < tl.where(b < sizes.batch, sizes.heads, 0))
+        return tl.load(at, mask=real, other=0.0).to(ACC)[:, None]
+    else:
+        return tl.zeros_like(h).to(ACC)[:, None]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(data, rows, inside, start, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, WIDTH]: columns start .. start + WIDTH, 0 outside. EVEN: every block is full."""
+    column = start + tl.arange(0, WIDTH)
+    at = data + rows[:, None] + column[None, :]
+    if EVEN:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=inside[:, None] & (column < width)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(data, rows, inside, start, width, values, WIDTH: tl.constexpr):
+    column = start + tl.arange(0, WIDTH)
+    at = data + rows[:, None] + column[None, :]
+    tl.store(at, values.to(data.dtype.element_ty), mask=inside[:, None] & (column < width)[None, :])
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def product(
+    a,
+    a_data,
+    a_rows,
+    a_inside,
+    b_data,
+    b_rows,
+    b_inside,
+    width,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """[rows of a, rows of b]: a_i . b_j. `a` holds whole rows of a; where those are too wide it is loaded by blocks."""
+    if WHOLE:
+        b = load_rows(b_data, b_rows, b_inside, 0, width, WIDTH, EVEN)
+        return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
+    else:
+        total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), ACC)
+        for start in range(0, width, WIDTH):
+            one = load_rows(a_data, a_rows, a_inside, start, width, WIDTH, EVEN)
+            b = load_rows(b_data, b_rows, b_inside, start, width, WIDTH, EVEN)
+            total = tl.dot(one, tl.trans(b), total, input_precision="ieee", out_dtype=ACC)
+        return total
+
+
+@triton.jit
+def combine(weights, rows, seen, total, ACC: tl.constexpr, CAREFUL: tl.constexpr):
+    """total + weights @ rows, weights [m, n] rounded to the dtype of rows [n, width]."""
+    if CAREFUL:
+        wide = rows.to(ACC)
+        finite = tl.abs(wide) < float("inf")
+        touched = tl.dot(seen.to(tl.float16), tl.where(finite, 0.0, 1.0).to(tl.float16), out_dtype=tl.float32)
+        total += tl.where(touched > 0.0, float("nan"), 0.0)
+        rows = tl.where(finite, wide, 0.0).to(rows.dtype)
+    return tl.dot(weights.to(rows.dtype), rows, total, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def is_finite(total):
+    """Whether a whole block is."""
+    return tl.sum(tl.sum(tl.where(tl.abs(total) < float("inf"), 0, 1), 1), 0) == 0
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tanh(x):
+    """Cephes: a polynomial (for float64 a fraction of two) near 0, 1 - 2 / (1 + exp(2 |x|)) elsewhere."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2_E)))
+    z = x * x
+    if x.dtype == tl.float64:
+        above = ((-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z) - 1.61468768441708447952e3
+        below = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        near = x + x * (z * (above / below))
+    else:
+        series = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        near = x + x * (z * (series * z - 3.33332819422e-1))
+    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def scores(
+    raw,
+    i,
+    j,
+    within,
+    mask,
+    mask_rows,
+    slopes,
+    slope,
+    offset,
+    scale,
+    softcap,
+    PLAIN: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """(t, derivative of the softcap) of bare products; i, j, mask_rows and slope broadcast to them.
+
+    What the mask hides gets -inf. within: where there is a mask to read.
+    """
+    t = raw
+    through = raw
+    if not PLAIN:
+        t = raw * scale
+        if CAP:
+            through = tanh(t / softcap)
+            t = softcap * through
+            through = 1.0 - through * through
+    if mask.data is not None:
+        at = mask.data + mask_rows + j.to(tl.int64) * mask.key
+        if BOOLEAN:
+            t = tl.where(tl.load(at, mask=within, other=0) != 0, t, float("-inf"))
+        else:
+            added = tl.load(at, mask=within, other=0.0).to(t.dtype)
+            t = tl.where(added == float("-inf"), added, t + added)
+    if slopes is not None:
+        t -= slope * tl.abs(j - i - offset).to(t.dtype)
+    return t, through
+
+
+@triton.jit
+def visible(sizes, i, j, keys, offset, WINDOWED: tl.constexpr):
+    """What length and window leave; i and j broadcast."""
+    seen = (j < keys) & (i >= 0)
+    if WINDOWED:
+        distance = j - i - offset
+        seen = seen & (distance <= sizes.window_right) & (distance >= -sizes.window_left)
+    return seen
+
+
+@triton.jit
+def unit_of(scale, PLAIN: tl.constexpr, ACC: tl.constexpr):
+    """What t is multiplied by before exp2."""
+    if PLAIN:
+        return scalar(scale, ACC) * LOG2_E
+    else:
+        return scalar(1.0, ACC) * LOG2_E
+
+
+@triton.jit
+def weights_of(t, lse, unit, PLAIN: tl.constexpr):
+    """exp(score - lse), 0 for hidden pairs also where lse is NaN. lse: +inf for rows that see nothing; broadcasts."""
+    p = tl.exp2(t * unit - lse * LOG2_E) if PLAIN else tl.exp2((t - lse) * LOG2_E)
+    return tl.where(t == float("-inf"), 0.0, p)
