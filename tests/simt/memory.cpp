@@ -4,11 +4,9 @@
 
 namespace simt {
 
-namespace {
 void check_aligned(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
 }
-}  // namespace
 
 SharedMemory::SharedMemory(size_t bytes) : bytes_(bytes), data_(new unsigned char[bytes]), words_((bytes + 3) / 4) {
   std::memset(data_.get(), 0xff, bytes);  // NaN in every format of floating point

@@ -99,6 +99,7 @@ class Shared {
 };
 
 // Checks an access to global memory and counts it.
+void check_aligned(const void* p, size_t bytes);
 void note_load(const void* p, size_t bytes);
 void note_store(const void* p, size_t bytes);
 
