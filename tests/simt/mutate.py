@@ -46,6 +46,7 @@ EQUIVALENT = {
     ("norm_backward.cuh", "first_row < end"): "a last turn in which no thread has a row",
     ("norm_backward.cuh", "p.grad_new_residual.data != nullptr"): "saves registers: that row is nullptr anyway",
     ("norm_rows.cuh", "left < kLanes<T>"): "keeps the count an int for rows of more than 2^31 elements",
+    ("attention_forward.cuh", "first < keys.end"): "saves time: no row of such a tile exists, and zeros are no bytes",
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
