@@ -51,7 +51,8 @@ def keep_factor(seed, row, start, threshold, scale, ROWS: tl.constexpr, TILE: tl
     flags = _halves(w0, bound) | (_halves(w1, bound) << 2) | (_halves(w2, bound) << 4) | (_halves(w3, bound) << 6)
     flags = tl.reshape(flags, (ROWS, BLOCKS, 1, 16))
     flags = tl.broadcast_to(flags, (ROWS, BLOCKS, TILE // BLOCKS // 16, 16))
-    number = ((start + tl.arange(0, TILE)) // 16 % 8).to(tl.int16)
+    first = 0 if TILE % 128 == 0 else start % 128
+    number = ((first + tl.arange(0, TILE)) // 16 % 8).to(tl.int16)
     keep = ((tl.reshape(flags, (ROWS, TILE)) >> number[None, :]) & 1) != 0
     return tl.where(keep, scalar(scale, ACC), 0.0)
 

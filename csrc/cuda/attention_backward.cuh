@@ -173,9 +173,11 @@ __device__ inline void write_mask(const AttentionBackward& p, int64_t of_head, i
       store_mask(p, from + first_row + t, A(of_rows[t]));
     }
   } else if (p.mask.rows == 1) {
-    A sum = 0;
-    for (int r = 0; r < kTileRows && t < kTileKeys; ++r) sum += sums[r * kWeightPitch + t];
-    if (t < kTileKeys && first_key + t < p.mask.keys) store_mask(p, from + first_key + t, sum);
+    if (t < kTileKeys && first_key + t < p.mask.keys) {
+      A sum = 0;
+      for (int r = 0; r < kTileRows; ++r) sum += sums[r * kWeightPitch + t];
+      store_mask(p, from + first_key + t, sum);
+    }
   } else {
     const int c = t % kTileKeys;
     for (int r = t / kTileKeys; r < kTileRows; r += kProductThreads / kTileKeys) {

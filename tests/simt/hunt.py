@@ -110,7 +110,7 @@ ATTENTION_CASES = (
     ac.Case((1, 1, 66, 70, 130), value_width=140, dropout=0.3, dtype=BF16),
     ac.Case((1, 2, 5, 3, 6), value_width=131, mask="add_inf", mask_dims="qk", dtype=F64),
     ac.Case((1, 4, 1, 600, 33), kv_heads=2, sinks=F32, dtype=F16),
-    ac.Case((1, 2, 3, 600, 16), mask="add", mask_dims="1k", dropout=0.2),
+    ac.Case((1, 2, 3, 600, 16), value_width=140, mask="add", mask_dims="1k", dropout=0.2),
     ac.Case((2, 2, 70, 9, 16), mask="add", mask_dims="q1", mask_dtype=F32, dtype=F16, window=(-1, 2)),
 )
 

@@ -109,8 +109,8 @@ class Shared {
   size_t offset_;
 };
 
-void check_aligned(const void* p, size_t bytes);
 // Checks an access to global memory and counts it.
+void check_aligned(const void* p, size_t bytes);
 void note_load(const void* p, size_t bytes);
 void note_store(const void* p, size_t bytes);
 void forget_global();  // at the end of a launch

@@ -65,6 +65,7 @@ EQUIVALENT = {
     ("rnn_slice.cuh", "from < count"): "a last turn without rows",
     ("rnn_slice.cuh", "from < places"): "a last turn without rows",
     ("rnn_slice.cuh", "nth < kChunksHeld"): "no part has more chunks",
+    ("attention_forward.cuh", "first < keys.end"): "saves time: no row of such a tile exists, and zeros are no bytes",
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
