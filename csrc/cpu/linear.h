@@ -60,7 +60,7 @@ void linear_few_rows(const LinearForward& p, int64_t first) {
   using A = Accumulate<T>;
   constexpr int64_t L = kLanes<A>, kColumns = kLinearPanel;
   constexpr int64_t kBlock = 4096 / R;  // numbers of x's rows that are used at a time, so that they stay in L1
-  constexpr int kAhead = 65536;         // bytes
+  constexpr int kAhead = 16384;         // bytes
   const int64_t pitch = (p.in + L - 1) / L * L, rows = least(R, p.rows - first);
   Scratch<A> x(R * pitch);
   __builtin_memset(x.data, 0, R * pitch * sizeof(A));
