@@ -61,7 +61,7 @@ EQUIVALENT = {
     ("rnn_gradients.cuh", "from < rows"): "a last turn without rows",
     ("rnn_gradients.cuh", "y.noise.drops_weight"): "saves time: at p = 0 every element is kept and scaled by 1",
     ("rnn_rows.cuh", "n < 8"): "numbers are below 8",
-    ("rnn_slice.cuh", "count > r"): "saves time: states that are not there are 0",
+    ("rnn_slice.cuh", "count > from + r"): "saves time: states that are not there are 0",
     ("rnn_slice.cuh", "from < count"): "a last turn without rows",
     ("rnn_slice.cuh", "from < places"): "a last turn without rows",
     ("rnn_slice.cuh", "nth < kChunksHeld"): "no part has more chunks",
