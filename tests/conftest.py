@@ -3,7 +3,8 @@
 A test that takes `kernels` runs once per instruction set that the library was built for, on the CUDA kernels in the
 emulator ("simt"), on the Triton kernels and on the reference formula; `isa` runs it on the CPU kernels only. With
 ``@pytest.mark.cases(list)`` it also takes `case`; the emulator, Triton's interpreter and the formula get the small
-ones, Triton only those in ``triton=list`` where that is given, and the kernels in ``thinned=names`` every third.
+ones, Triton only those in ``triton=list`` where that is given, and the kernels in ``thinned=names`` every third, the
+emulator every seventh (all of them in make test-gpu-full).
 ``@pytest.mark.no_triton`` leaves both kinds of GPU kernels out, for ops that have none; ``@pytest.mark.cuda_alone``
 leaves Triton's out, for ops that have CUDA kernels alone.
 """
@@ -25,8 +26,8 @@ import handtuned
 from handtuned import _C
 
 ISAS = {row["name"]: row for row in _C.isa_table()}
+EACH_OF_THINNED = {"simt": 1 if os.environ.get("HANDTUNED_EVERY_MUTANT") == "1" else 7}
 # The largest cases of the slow kernels: Triton's interpreter needs about half a second, the others 0.1 s.
-EVERY_ON_SIMT = os.environ.get("HANDTUNED_EVERY_MUTANT") == "1"  # make test-gpu-full
 MOST_ELEMENTS = {"simt": 20_000, "triton": 4200, "reference": 120_000}
 
 
@@ -55,9 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for kernels in sets[fixture]
         if case.elements <= MOST_ELEMENTS.get(kernels, case.elements)
         and (kernels != "triton" or case in marker.kwargs.get("triton", marker.args[0]))
-        and (
-            number % 3 == 0 or kernels not in marker.kwargs.get("thinned", ()) or (kernels == "simt" and EVERY_ON_SIMT)
-        )
+        and (kernels not in marker.kwargs.get("thinned", ()) or number % EACH_OF_THINNED.get(kernels, 3) == 0)
     ]
     metafunc.parametrize((fixture, "case"), pairs, indirect=[fixture])
 

@@ -72,6 +72,12 @@ class Emulator:
         """Makes one mutation point the planted bug; -1: none."""
         self.library.simt_plant(mutant)
 
+    def take_passed(self) -> frozenset[int]:
+        """The mutation points that kernels passed since the last call, planted or not."""
+        flags = (ctypes.c_ubyte * self.library.simt_take_passed(None))()
+        self.library.simt_take_passed(flags)
+        return frozenset(number for number, flag in enumerate(flags) if flag)
+
     def reset(self) -> None:
         self.library.simt_reset_counts()
 

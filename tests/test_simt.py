@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import simt_tools
 import torch
+from fragments import a_16x16, as_pairs, b_16x8, d_16x8, ldmatrix_pair, shuffled
 from torch import Tensor
 
 
@@ -61,12 +62,12 @@ def test_a_warp_barrier_orders_its_warp(emulator: simt_tools.Emulator) -> None:
 
 
 def test_shuffles_and_ballot(emulator: simt_tools.Emulator) -> None:
-    """As the programming guide defines them: a lane that would read beyond its segment keeps its own value."""
+    """A lane that would read beyond its segment keeps its own value."""
     out, report = launch(emulator, "shuffles", 32)
     assert not report
+    wanted = [shuffled("bfly", 5), shuffled("up", 3), shuffled("down", 3), shuffled("idx", 6, 8)]
     for lane, found in enumerate(out[:160].reshape(32, 5).tolist()):
-        up, down = max(lane - 3, lane if lane < 3 else 0), lane + 3 if lane + 3 < 32 else lane
-        assert found == [lane ^ 5, up, down, lane // 8 * 8 + 6, 0xFF00]
+        assert found == [*(of_all[lane][0] for of_all in wanted), 0xFF00]
 
 
 def test_a_grid_barrier_orders_global_memory(emulator: simt_tools.Emulator) -> None:
@@ -107,39 +108,24 @@ def test_conversions_are_torchs() -> None:
         assert [getattr(library, name)(v) for v in values.tolist()] == [w & 0xFFFF for w in wanted]
 
 
-# ---- instructions of PTX: what each lane holds, by the tables of the PTX manual --------------------------------------
+# ---- instructions of PTX: what each lane holds, by the tables of the PTX manual (fragments.py) ----------------------
 
 NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def as_pairs(low: Tensor, high: Tensor) -> Tensor:
-    """16-bit elements as registers (the bits of a float32), `low` in the lower half."""
-    return torch.stack([low, high], -1).view(torch.float32)[..., 0]
-
-
 @pytest.mark.parametrize("dtype", NARROW)
 def test_mma_has_the_fragments_of_the_manual(emulator: simt_tools.Emulator, dtype: str) -> None:
-    """ "Matrix Fragments for mma.m16n8k16 with floating point type": small integers, so every sum is exact."""
+    """Small integers, so every sum is exact."""
     a, b = (torch.randint(-8, 9, shape).to(NARROW[dtype]) for shape in ((16, 16), (16, 8)))
     d = torch.randint(-99, 100, (16, 8)).float()
-    group, thread = torch.arange(32) // 4, torch.arange(32) % 4
-
-    def element_of_a(i: int) -> Tensor:
-        row = group if i in (0, 1, 4, 5) else group + 8
-        return a[row, thread * 2 + i % 2 + (0 if i < 4 else 8)]
-
-    def element_of_b(i: int) -> Tensor:
-        return b[thread * 2 + i % 2 + (0 if i < 2 else 8), group]
-
-    rows, columns = ([group, group, group + 8, group + 8], [thread * 2, thread * 2 + 1] * 2)
-    registers = [as_pairs(element_of_a(2 * r), element_of_a(2 * r + 1)) for r in range(4)]
-    registers += [as_pairs(element_of_b(2 * r), element_of_b(2 * r + 1)) for r in range(2)]
-    registers += [d[row, column] for row, column in zip(rows, columns, strict=True)]
+    registers = [as_pairs(a[a_16x16(2 * r)], a[a_16x16(2 * r + 1)]).view(torch.float32) for r in range(4)]
+    registers += [as_pairs(b[b_16x8(2 * r)], b[b_16x8(2 * r + 1)]).view(torch.float32) for r in range(2)]
+    registers += [d[d_16x8(i)] for i in range(4)]
     out, report = launch(emulator, f"mma_{dtype}", 32, values=torch.stack(registers, -1))
     assert not report
     found = torch.empty(16, 8)
-    for i, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        found[row, column] = out[:128].view(32, 4)[:, i]
+    for i in range(4):
+        found[d_16x8(i)] = out[:128].view(32, 4)[:, i]
     assert found.equal(d + a.float() @ b.float())
 
 
@@ -153,7 +139,7 @@ def test_pairs_are_rounded_as_torch_does(emulator: simt_tools.Emulator, dtype: s
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix_deals_out_four_matrices(emulator: simt_tools.Emulator, transposed: bool) -> None:
-    """Register n of lane 4 g + t: row g, columns 2 t and 2 t + 1 of matrix n."""
+    """Register n of each lane is of matrix n."""
     matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
     out, report = launch(
         emulator,
@@ -163,8 +149,9 @@ def test_ldmatrix_deals_out_four_matrices(emulator: simt_tools.Emulator, transpo
         values=matrices.view(torch.float32),
     )
     assert not report
-    expected = (matrices.mT if transposed else matrices).contiguous().view(torch.int32).view(4, 32).T
-    assert out[:128].view(torch.int32).view(32, 4).equal(expected)
+    low, high = ldmatrix_pair(transposed)
+    for n, register in enumerate(out[:128].view(torch.int32).view(32, 4).T):
+        assert register.equal(as_pairs(matrices[n][low], matrices[n][high]))
 
 
 @pytest.mark.parametrize(("pitch", "conflicts"), [(32, 4), (128, 28), (144, 0)])

@@ -53,8 +53,8 @@ __device__ inline void gradient_tile(const AttentionBackward& p, const Scores<A>
     for (int c = 0; c < kOwn; ++c) {
       const bool seen = rows.lse[r] != hidden<A>() && s[r][c] != hidden<A>();
       const A weight = seen ? exp(s[r][c] - rows.lse[r]) : A(0);
-      s[r][c] = weight > 1 ? A(1) : weight;  // beyond by rounding alone
-      if (wanted == Wanted::of_product) s[r][c] *= cap[c];
+      s[r][c] = weight > 1 ? A(1) : weight;                         // beyond by rounding alone
+      if (seen && wanted == Wanted::of_product) s[r][c] *= cap[c];  // the cap's slope of a NaN is one
     }
     if (wanted == Wanted::weights) drop(r, s[r]);
   }

@@ -71,7 +71,10 @@ __device__ inline ScoreRow<A> score_row(const Attention& p, const Scores<A, U>& 
 template <class A, Units U>
 __device__ inline A mask_at(const AttentionMask& mask, const Scores<A, U>& scores, int64_t row, int64_t j) {
   const int64_t at = row + (j < mask.keys ? j : mask.keys - 1) * mask.key;
-  if (mask.boolean) return load_global(static_cast<const uint8_t*>(mask.data) + at) != 0 ? A(0) : hidden<A>();
+  if (mask.boolean) {
+    const bool allowed = load_global(static_cast<const uint8_t*>(mask.data) + at) != 0;
+    return allowed ? A(0) : hidden<A>();
+  }
   A value = 0;
   switch (mask.dtype) {
     case DType::f64: value = A(load_global(static_cast<const double*>(mask.data) + at)); break;

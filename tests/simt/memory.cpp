@@ -23,7 +23,10 @@ void* SharedMemory::check(size_t offset, size_t bytes, const char* what) const {
 
 namespace {
 
-Touch now() { return {current->number, current->number / kWarp, epoch(), block_number()}; }
+Touch now() {
+  const Thread& me = *current;
+  return {int16_t(me.number), int16_t(me.number / kWarp), *me.barriers, *me.meetings, me.block_number};
+}
 
 // Words of two bytes, the least that kernels store, by eighths of 16 bytes.
 struct Line {
@@ -31,83 +34,94 @@ struct Line {
 };
 std::unordered_map<uintptr_t, Line> global_lines;
 
-template <class Note>
-void note_global(const void* p, size_t bytes, Note note) {
+using Note = bool (Word::*)(const Touch&);
+using Race = std::string (Word::*)(const Touch&) const;
+
+void note_global(const void* p, size_t bytes, Note note, Race race) {
   const Touch me = now();
   const uintptr_t first = reinterpret_cast<uintptr_t>(p) / 2;
   for (uintptr_t w = first; w < first + (bytes + 1) / 2; ++w) {
-    const std::string race = note(global_lines[w / 8].words[w % 8], me);
-    if (!race.empty()) fail("race on global memory: " + race);
+    Word& word = global_lines[w / 8].words[w % 8];
+    if (!(word.*note)(me)) fail("race on global memory: " + (word.*race)(me));
   }
 }
 
 }  // namespace
 
-bool Touch::conflicts() const {
+inline bool Touch::conflicts(const Touch& me) const {
   if (thread == kNobody) return false;
-  if (block != block_number()) return !knows(block, when.of_block);
-  if (thread == current->number) return false;
-  const Epoch present = epoch();
-  if (when.of_block != present.of_block) return false;
-  return warp != current->number / kWarp || when.of_warp == present.of_warp;
+  if (block != me.block) return !knows(block, barriers);
+  return thread != me.thread && barriers == me.barriers && (warp != me.warp || meetings == me.meetings);
 }
 
-std::string Touch::by() const {
+std::string Touch::by(const Touch& me) const {
   return (thread == kSeveral ? "several threads" : "thread " + std::to_string(thread)) +
-         (block == block_number() ? "" : " of block " + std::to_string(block));
+         (block == me.block ? "" : " of block " + std::to_string(block));
 }
 
-std::string Word::note_read(const Touch& me) {
-  if (write.conflicts()) return "read, and written by " + write.by() + ", no barrier between";
-  const bool same_time = read.block == me.block && read.when.of_block == me.when.of_block &&
-                         (read.warp != me.warp || read.when.of_warp == me.when.of_warp);
+inline bool Word::note_read(const Touch& me) {
+  if (write.conflicts(me)) return false;
+  const bool same_time =
+      read.block == me.block && read.barriers == me.barriers && (read.warp != me.warp || read.meetings == me.meetings);
   if (read.thread == Touch::kNobody || (read.thread == me.thread && read.block == me.block) || !same_time) {
     // Of readers in several blocks the last is remembered, and of those that are not ordered one of another block.
-    if (read.block == me.block || !read.conflicts()) read = me;
+    if (read.block == me.block || !read.conflicts(me)) read = me;
   } else {
-    read = {Touch::kSeveral, read.warp == me.warp ? me.warp : Touch::kSeveral, me.when, me.block};
+    const int16_t warp = read.warp == me.warp ? me.warp : Touch::kSeveral;
+    read = {Touch::kSeveral, warp, me.barriers, me.meetings, me.block};
   }
-  return "";
+  return true;
 }
 
-std::string Word::note_write(const Touch& me) {
-  const bool written = write.conflicts();
-  if (written || read.conflicts())
-    return "written, and " + (written ? "written by " + write.by() : "read by " + read.by()) + ", no barrier between";
+inline bool Word::note_write(const Touch& me) {
+  if (write.conflicts(me) || read.conflicts(me)) return false;
   write = me;
-  return "";
+  return true;
+}
+
+std::string Word::race_of_read(const Touch& me) const {
+  return "read, and written by " + write.by(me) + ", no barrier between";
+}
+
+std::string Word::race_of_write(const Touch& me) const {
+  const bool written = write.conflicts(me);
+  return "written, and " + (written ? "written by " + write.by(me) : "read by " + read.by(me)) + ", no barrier between";
 }
 
 void* SharedMemory::read(size_t offset, size_t bytes) {
   void* place = check(offset, bytes, "read of");
+  note_bank_access(offset, bytes);
   const Touch me = now();
-  for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-    const std::string race = words_[w].note_read(me);
-    if (!race.empty()) fail("race on shared memory at " + std::to_string(4 * w) + ": " + race);
-  }
+  for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w)
+    if (!words_[w].note_read(me))
+      fail("race on shared memory at " + std::to_string(4 * w) + ": " + words_[w].race_of_read(me));
   return place;
 }
 
 void* SharedMemory::write(size_t offset, size_t bytes) {
+  note_bank_access(offset, bytes);
+  return arrive(offset, bytes);
+}
+
+void* SharedMemory::arrive(size_t offset, size_t bytes) {
   void* place = check(offset, bytes, "write to");
   const Touch me = now();
-  for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w) {
-    const std::string race = words_[w].note_write(me);
-    if (!race.empty()) fail("race on shared memory at " + std::to_string(4 * w) + ": " + race);
-  }
+  for (size_t w = offset / 4; w < (offset + bytes + 3) / 4; ++w)
+    if (!words_[w].note_write(me))
+      fail("race on shared memory at " + std::to_string(4 * w) + ": " + words_[w].race_of_write(me));
   return place;
 }
 
 void note_load(const void* p, size_t bytes) {
   check_aligned(p, bytes);
   counts.bytes_loaded += bytes;
-  if (blocks_meet()) note_global(p, bytes, [](Word& word, const Touch& me) { return word.note_read(me); });
+  if (blocks_meet()) note_global(p, bytes, &Word::note_read, &Word::race_of_read);
 }
 
 void note_store(const void* p, size_t bytes) {
   check_aligned(p, bytes);
   counts.bytes_stored += bytes;
-  if (blocks_meet()) note_global(p, bytes, [](Word& word, const Touch& me) { return word.note_write(me); });
+  if (blocks_meet()) note_global(p, bytes, &Word::note_write, &Word::race_of_write);
 }
 
 void forget_global() { global_lines.clear(); }

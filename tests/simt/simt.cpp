@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <map>
 #include <memory>
 #include <utility>
@@ -19,6 +18,7 @@ Config config;
 DeviceSize device;
 Counts counts;
 int planted = -1;
+unsigned char passed[kMostMutants];
 
 namespace {
 
@@ -54,6 +54,7 @@ struct Warp {
 struct Copy {
   size_t offset, read, bytes;
   const void* from;
+  size_t group;
 };
 
 // A CUDA thread.
@@ -63,7 +64,8 @@ struct Lane : Thread {
   const char* waits_at = nullptr;
   size_t accesses = 0;  // to shared memory since its warp last met
   bool done = false;
-  std::deque<std::vector<Copy>> groups{1};  // of copies; the last one is still open
+  std::vector<Copy> copies;  // under way
+  size_t group = 0;          // of copies, the open one
   Fiber fiber;
   explicit Lane(void (*entry)()) : fiber(entry) {}
 };
@@ -155,11 +157,19 @@ uint64_t conflicts(const BankAccess& access) {
   const int at_once = access.bytes <= 4 ? kWarp : access.bytes == 8 ? kWarp / 2 : kWarp / 4;
   uint64_t total = 0;
   for (int first = 0; first < kWarp; first += at_once) {
-    uint32_t words[kWarp];
+    uint32_t words[kWarp], last[32], used = 0;
+    bool clean = true;  // as most accesses are: no bank has two words
     int n = 0;
     for (int lane = first; lane < first + at_once; ++lane)
       if (access.lanes >> lane & 1)
-        for (uint32_t w = 0; w < (access.bytes + 3) / 4; ++w) words[n++] = access.offset[lane] / 4 + w;
+        for (uint32_t w = 0; w < (access.bytes + 3) / 4; ++w) {
+          const uint32_t word = access.offset[lane] / 4 + w, bank = word % 32;
+          clean = clean && (!(used >> bank & 1) || last[bank] == word);
+          used |= 1u << bank;
+          last[bank] = word;
+          words[n++] = word;
+        }
+    if (clean) continue;
     std::sort(words, words + n);
     const int different = int(std::unique(words, words + n) - words);
     int of_bank[32] = {}, most = 0;
@@ -183,8 +193,7 @@ void settle_banks(Warp& warp) {
 
 void end_of_thread(Lane& lane) {
   const Ignored ours;
-  for (const auto& group : lane.groups)
-    if (!group.empty()) fail("a thread returned while copies to shared memory were under way");
+  if (!lane.copies.empty()) fail("a thread returned while copies to shared memory were under way");
   lane.done = true;
   Block& block = *lane.of;
   --state.running;
@@ -219,6 +228,10 @@ void add_block(const Launch& what, Index index) {
     lane->number = t;
     lane->of = &block;
     lane->warp = &block.warps[t / kWarp];
+    lane->shared = &block.shared;
+    lane->block_number = unsigned(number);
+    lane->barriers = &block.barrier.passed;
+    lane->meetings = &lane->warp->syncs;
     lane->warp->lanes.push_back(lane.get());
     state.ready.push_back(lane.get());
     block.lanes.push_back(std::move(lane));
@@ -387,38 +400,26 @@ void async_copy(size_t offset, const void* from, size_t read, size_t bytes) {
   const Ignored ours;
   if (read > bytes)
     fail("an asynchronous copy of " + std::to_string(read) + " bytes, at most " + std::to_string(bytes));
-  note_bank_access(offset, bytes);
-  std::memset(shared_memory().write(offset, bytes), 0xff, bytes);
-  self()->groups.back().push_back({offset, read, bytes, from});
+  std::memset(self()->shared->write(offset, bytes), 0xff, bytes);
+  self()->copies.push_back({offset, read, bytes, from, self()->group});
 }
 
-void async_commit() {
-  const Ignored ours;
-  self()->groups.emplace_back();
-}
+void async_commit() { ++self()->group; }
 
 void async_wait(size_t pending) {
   const Ignored ours;
-  auto& groups = self()->groups;
-  while (groups.size() > pending + 1) {
-    for (const Copy& copy : groups.front()) {
-      auto* to = static_cast<unsigned char*>(shared_memory().write(copy.offset, copy.bytes));
-      if (copy.read) std::memcpy(to, copy.from, copy.read);
-      std::memset(to + copy.read, 0, copy.bytes - copy.read);
-    }
-    groups.pop_front();
+  auto& copies = self()->copies;
+  size_t arrived = 0;
+  for (; arrived < copies.size() && copies[arrived].group + pending < self()->group; ++arrived) {
+    const Copy& copy = copies[arrived];
+    auto* to = static_cast<unsigned char*>(self()->shared->arrive(copy.offset, copy.bytes));
+    if (copy.read) std::memcpy(to, copy.from, copy.read);
+    std::memset(to + copy.read, 0, copy.bytes - copy.read);
   }
-}
-
-SharedMemory& shared_memory() { return self()->of->shared; }
-
-Epoch epoch() {
-  Lane* lane = self();
-  return {lane->of->barrier.passed, lane->warp->syncs};
+  copies.erase(copies.begin(), copies.begin() + ptrdiff_t(arrived));
 }
 
 bool blocks_meet() { return state.cooperative; }
-size_t block_number() { return self()->of->number; }
 bool knows(size_t block, uint32_t barriers) { return barriers < self()->of->known[block]; }
 
 void note_bank_access(size_t offset, size_t bytes) {

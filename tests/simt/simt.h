@@ -25,11 +25,16 @@ struct Index {
   unsigned x, y, z;
 };
 
-// What a kernel can ask about the thread it is.
+class SharedMemory;
+
+// What a kernel can ask about the thread it is, and what each of its accesses to memory needs.
 struct Thread {
   Index thread, block, block_size, grid_size;
   int lane;    // in its warp
   int number;  // in its block
+  SharedMemory* shared;
+  unsigned block_number;                // in the launch
+  const unsigned *barriers, *meetings;  // how often its block, and its warp, have synchronised
 };
 
 // Of the running fiber. __thread, not thread_local: no wrapper function, which sanitizers would instrument.
@@ -105,8 +110,14 @@ void async_wait(size_t pending);  // for all groups but the last `pending`
 
 // ---- mutations ---------------------------------------------------------------------------------------------------
 
-// In a library built from sources with mutation points (mutate.py): whether point `number` is the planted bug.
+// In a library built from sources with mutation points (mutate.py): whether point `number` is the planted bug; and
+// which points were passed since the last reset.
+constexpr int kMostMutants = 4096;
 extern int planted;
-inline bool mutant(int number) { return number == planted; }
+extern unsigned char passed[kMostMutants];
+inline bool mutant(int number) {
+  passed[number] = 1;
+  return number == planted;
+}
 
 }  // namespace simt
