@@ -315,8 +315,9 @@ class BackwardTask {
 
   // dh of own panels += d * W_h, under the mask of the states; with a projection nothing was left in dh.
   void pass_on(Slice& part, int64_t s) {
-    const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
-    for (int64_t i = 0; i < state_panels(part); ++i) {
+    const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell), panels = state_panels(part);
+    for (int64_t nth = 0; nth < panels; ++nth) {
+      const int64_t i = s & 1 ? panels - 1 - nth : nth;  // back and forth: what was read last is still in the cache
       A *dh = part.dh + i * p_.batch * W, *sums = y_.masks ? sums_ : dh;
       const bool anew = y_.projects() || y_.masks;
       for (int64_t g = 0; g < gates; ++g) {

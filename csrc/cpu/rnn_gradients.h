@@ -18,7 +18,8 @@ class LayerGradients {
   using O = Operand<E>;
   using Layer = LayerBackward<E, T>;
   static constexpr int L = kLanes<A>, W = 4 * L;
-  static constexpr int64_t kTile = 96, kColumns = 256, kDepth = 128, kSum = 32;
+  static constexpr int64_t kTile = 128, kColumns = 256, kDepth = 128, kSum = 32;
+  static constexpr int64_t kLater = 8;  // rows of d, which lie far apart, are asked for so many rows before
   static_assert(kColumns % W == 0);
 
  public:
@@ -197,7 +198,9 @@ class LayerGradients {
         const int64_t one = nth_row(d, row + r * kPack<E>), two = nth_row(d, row + r * kPack<E> + 1);
         const A* first_row = row_of_source(source, d, one, first, n, room[0]);
         to_panels(panels, r, first_row, kPack<E> == 2 ? row_of_source(source, d, two, first, n, room[1]) : nullptr, n);
+        const O* later = left + most(0, nth_row(d, row + (r + kLater) * kPack<E>)) * pitch;
         for (int64_t k = 0; k < rows; k += L) {
+          __builtin_prefetch(later + k);
           auto load_d = [&](int64_t i) { return i >= 0 ? load_first(left + i * pitch + k, rows - k) : vec<A>{}; };
           store_elements(block + r * tile_ + k, load_d(one), kPack<E> == 2 ? load_d(two) : vec<A>{});
         }
@@ -236,7 +239,9 @@ class LayerGradients {
     const int64_t first = column_tile * kColumns, n = least(kColumns, p_.hidden - first);
     alignas(64) A total[kColumns];
     sum_rows(n, total, [&](int64_t row, int64_t k) HT_LAMBDA {
-      return load_first(y_.gates[d] + row * y_.slots() + slot * y_.pitch() + first + k, n - k);
+      const O* from = y_.gates[d] + row * y_.slots() + slot * y_.pitch() + first + k;
+      __builtin_prefetch(from + kLater * y_.slots());
+      return load_first(from, n - k);
     });
     for (int64_t g = 0; g < gates_; ++g)
       for (int64_t k = 0; k < n; k += L) {
