@@ -1,7 +1,7 @@
-// The straight way of the recurrent modules: a streaming step in one call from Python. Of such a step, what lies between
-// the caller and the kernel can take longer than the kernel. So a plain call (no gradient, no switch, nothing traced,
-// weights packed by a call before and not written since) is recognised here and given to torch's dispatcher at once.
-// Whatever is not as expected is None, and goes the general way, which says what is wrong.
+// The straight way of the recurrent modules: a streaming step in one call from Python. Of such a step, what lies
+// between the caller and the kernel can take longer than the kernel. So a plain call (no gradient, no switch, nothing
+// traced, weights packed by a call before and not written since) is recognised here and given to torch's dispatcher at
+// once. Whatever is not as expected is None, and goes the general way, which says what is wrong.
 #include "straight.h"
 
 #include <pybind11/pybind11.h>
@@ -182,9 +182,8 @@ class StraightCall {
     const bool bidirectional = is_true(module_, n.bidirectional);
     const int64_t rows = layers * (1 + bidirectional), batch = x_->sizes()[1];
     if (!states_have({rows, batch, proj ? proj : hidden_}, {rows, batch, hidden_})) return nullptr;
-    StableIValue stack[] = {give(x_),      from(std::nullopt), give_optional(h_), give_optional(c_),
-                            give(packed_), from(mode_),        from(hidden_),     from(proj),
-                            from(layers),  from(bidirectional)};
+    StableIValue stack[] = {give(x_),    from(std::nullopt), give_optional(h_), give_optional(c_), give(packed_),
+                            from(mode_), from(hidden_),      from(proj),        from(layers),      from(bidirectional)};
     if (!dispatch("handtuned::rnn_inference", stack)) return nullptr;
     const Ref found(wrap(stack, 3));
     if (!found) return nullptr;

@@ -71,8 +71,8 @@ template <class E, class T>
 using Weight = std::conditional_t<std::is_same_v<E, pair>, pair, T>;
 
 // C[v] = base[v] + sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; chains of sums for kChains
-// neighbours along k keep up with them, as many as registers hold. Lines are asked for kAhead bytes before: a core's own
-// look-ahead reads a cache that is shared at four fifths of the speed.
+// neighbours along k keep up with them, as many as registers hold. Lines are asked for kAhead bytes before: a core's
+// own look-ahead reads a cache that is shared at four fifths of the speed.
 template <class E, int MV, class W>
 __attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c,
                                             const Accumulate<E>* base) {
