@@ -13,6 +13,7 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import rnn, rnn_backward, rnn_cell, rnn_inference, rnn_pack
 
 __all__ = [
     "add_layer_norm",
@@ -27,4 +28,9 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
+    "rnn_pack",
 ]

@@ -7,6 +7,7 @@ A table maps architecture -> kernel -> bytes per element -> bucket -> [tile, row
 length rounded up to a power of two, or "long" for rows of more columns than the largest bucket.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -33,9 +34,37 @@ class Config(NamedTuple):
     stages: int  # depth of software pipelining of the kernel's loops, 1: none
 
 
+_notes: list[str] | None = None
+
+
+@contextlib.contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Inside, what launchers choose is written there, for explain()."""
+    global _notes
+    before, _notes = _notes, notes
+    try:
+        yield
+    finally:
+        _notes = before
+
+
+def note(text: str) -> None:
+    if _notes is not None and text not in _notes:
+        _notes.append(text)
+
+
+def _note_tile(kernel: str, config: Any, arch: str, tuned: bool = False) -> None:
+    if _notes is not None:
+        tile = ", ".join(f"{name} {value}" for name, value in config._asdict().items())
+        note(f"{kernel} kernel: {tile} ({'your tuned' if tuned else 'the committed'} table of {_table_name(arch)})")
+
+
 def lookup(kernel: str, cols: int, itemsize: int, device: torch.device) -> Config:
     """The tile for rows of `cols` elements of `itemsize` bytes: the user's measured one, else the committed one."""
-    return _lookup(kernel, cols, itemsize, architecture(device))
+    arch = architecture(device)
+    config = _lookup(kernel, cols, itemsize, arch)
+    _note_tile(kernel, config, arch)
+    return config
 
 
 @functools.lru_cache(maxsize=4096)
@@ -75,8 +104,11 @@ class AttentionConfig(NamedTuple):
 
 def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) -> AttentionConfig:
     """The committed tile of an attention kernel for rows of this many elements."""
+    arch = architecture(query.device)
     bucket = max(32, triton.next_power_of_2(max(width, value_width)))
-    return _attention(kernel, bucket, query.element_size(), architecture(query.device))
+    config = _attention(kernel, bucket, query.element_size(), arch)
+    _note_tile(kernel, config, arch)
+    return config
 
 
 def careful(config: AttentionConfig) -> AttentionConfig:
@@ -98,6 +130,43 @@ def _attention(kernel: str, width: int, itemsize: int, arch: str) -> AttentionCo
 def _attention_table() -> Table:
     tables: Table = json.loads((COMMITTED.parent / "attention.json").read_text())["tables"]
     return tables
+
+
+# ---- recurrent layers ------------------------------------------------------------------------------------------------
+
+
+class RnnConfig(NamedTuple):
+    rows: int  # of the batch, in a tile
+    units: int
+    depth: int  # of a product's blocks
+    warps: int
+    stages: int
+
+
+ONE_PROGRAM = 256 * 1024  # bytes of W_hh that one program reads at each step, from its caches
+
+
+def one_program(gates: int, hidden: int, width: int, itemsize: int) -> bool:
+    """Whether a program takes all units of its rows, and with them all steps, in one launch."""
+    size = gates * hidden * width * itemsize
+    fits = width == hidden and size <= ONE_PROGRAM
+    why = f"W_hh of a direction has {size} bytes, the limit is {ONE_PROGRAM}" if width == hidden else "a projection"
+    note(f"{'one launch for all steps' if fits else 'a launch for each step'}: {why}")
+    return fits
+
+
+def rnn(kernel: str, input: torch.Tensor) -> RnnConfig:
+    """The committed tile of a recurrent kernel: "forward" or "backward", or with _options where something is drawn."""
+    arch = architecture(input.device)
+    config = _rnn(kernel, input.element_size(), arch)
+    _note_tile(kernel, config, arch)
+    return config
+
+
+@functools.lru_cache(maxsize=256)
+def _rnn(kernel: str, itemsize: int, arch: str) -> RnnConfig:
+    table = json.loads((COMMITTED.parent / "rnn.json").read_text())["tables"]
+    return RnnConfig(*table[_table_name(arch)][kernel][str(itemsize)])
 
 
 def _table_name(arch: str) -> str:
