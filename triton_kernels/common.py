@@ -89,6 +89,21 @@ def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None 
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b by torch, 16 bits summed and returned in float32."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """With torch.empty_like's strides."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return empty((tensor.numel(),), tensor).as_strided(tensor.shape, strides)
+
+
 def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> tuple[torch.Tensor, int]:
     """The tensor and the distance between its rows; copied if its elements or its rows do not lie regularly."""
     split = tensor.dim() - normalized_ndim

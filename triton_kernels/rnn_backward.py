@@ -34,7 +34,7 @@ def _lstm(
     ACC: tl.constexpr = call.grads.h.dtype.element_ty
     COUPLED: tl.constexpr = GATES == 3
     grads = call.grads
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     at_row = (row * sizes.directions + d)[:, None]
     gates = at_row * (GATES * widths.hidden) + u[None, :]
     i = tl.load(call.saved.gates + gates, mask=mask, other=0.0)
@@ -74,7 +74,7 @@ def _lstm(
 def _gru(call, sizes, widths, tile, dh, s, HARD: tl.constexpr, HARD_TANH: tl.constexpr):
     """Gates' gradients; returns what of the gradient goes past them to h."""
     grads = call.grads
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     hidden = widths.hidden
     at_row = (row * sizes.directions + d)[:, None]
     kept = call.saved.gates + at_row * (4 * hidden) + u[None, :]
@@ -96,7 +96,7 @@ def _gru(call, sizes, widths, tile, dh, s, HARD: tl.constexpr, HARD_TANH: tl.con
 
 @triton.jit
 def _rnn(call, sizes, widths, tile, dh, RELU: tl.constexpr, HARD_TANH: tl.constexpr, ZONEOUT: tl.constexpr):
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     at = (row * sizes.directions + d)[:, None] * widths.hidden + u[None, :]
     y = tl.load((call.saved.gates if ZONEOUT else call.saved.h) + at, mask=mask, other=0.0)
     slope = tl.where(y > 0.0, 1.0, 0.0).to(y.dtype) if RELU else bend_slope(y, HARD_TANH)
@@ -110,7 +110,7 @@ def _asked_for(
 ):  # fmt: skip
     """(gradient of the new h, what of it goes past the cell to the h before). Rows without the step: all goes past."""
     ACC: tl.constexpr = call.grads.h.dtype.element_ty
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     width = widths.width
     everyone = (b < sizes.batch)[:, None] & (u < width)[None, :]
     at_state = (d.to(tl.int64) * sizes.batch + b)[:, None] * width + u[None, :]

@@ -25,10 +25,7 @@ def sigmoid(x, HARD: tl.constexpr):
 
 @triton.jit
 def sigmoid_slope(y, HARD: tl.constexpr):
-    if HARD:
-        slope = tl.where((y > 0.0) & (y < 1.0), 1.0, 0.0) / 6.0
-    else:
-        slope = y * (1.0 - y)
+    slope = tl.where((y > 0.0) & (y < 1.0), 1.0, 0.0) / 6.0 if HARD else y * (1.0 - y)
     return slope
 
 
@@ -44,10 +41,7 @@ def bend(x, HARD: tl.constexpr):
 
 @triton.jit
 def bend_slope(y, HARD: tl.constexpr):
-    if HARD:
-        slope = tl.where(tl.abs(y) < 1.0, 1.0, 0.0).to(y.dtype)
-    else:
-        slope = 1.0 - y * y
+    slope = tl.where(tl.abs(y) < 1.0, 1.0, 0.0).to(y.dtype) if HARD else 1.0 - y * y
     return slope
 
 
@@ -56,15 +50,14 @@ def bend_slope(y, HARD: tl.constexpr):
 
 @triton.jit
 def lstm_cell_state(i, f, g, c, COUPLED: tl.constexpr):
-    if COUPLED:
-        new = (1.0 - i) * c + i * g
-    else:
-        new = f * c + i * g
+    new = (1.0 - i) * c + i * g if COUPLED else f * c + i * g
     return new
 
 
 @triton.jit
-def lstm_slopes(i, f, g, o, c, bent, dh, dc, peep_o, COUPLED: tl.constexpr, HARD: tl.constexpr, HARD_TANH: tl.constexpr):
+def lstm_slopes(
+    i, f, g, o, c, bent, dh, dc, peep_o, COUPLED: tl.constexpr, HARD: tl.constexpr, HARD_TANH: tl.constexpr
+):
     """(di, df, dg, do before the nonlinearities, dc' whole); dh and dc are of h' and of c' without what h' owes it.
     Coupled, f = 1 - i and df is 0."""
     do = dh * bent * sigmoid_slope(o, HARD)

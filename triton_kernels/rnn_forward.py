@@ -12,10 +12,12 @@ from .rnn_tile import addresses, drawn_rows, keep, peephole, product, put, rows_
 
 
 @triton.jit
-def _gate(call, sizes, widths, tile, seen, h_rows, gate, GATES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+def _gate(
+    call, sizes, widths, tile, seen, h_rows, gate, GATES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr
+):
     """(W_ih x + b_ih, W_hh h + b_hh) of a gate's units."""
     ACC: tl.constexpr = call.state.h.dtype.element_ty
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     first = (d * GATES + gate) * widths.hidden
     w = call.weights.w_hh + first.to(tl.int64) * widths.width
     real = u < widths.hidden
@@ -28,12 +30,12 @@ def _gate(call, sizes, widths, tile, seen, h_rows, gate, GATES: tl.constexpr, BL
 
 @triton.jit
 def _lstm(
-    call, sizes, widths, tile, seen, h_rows, t, start, cell_threshold, cell_zone, GATES: tl.constexpr, HARD: tl.constexpr,
-    HARD_TANH: tl.constexpr, CELL_ZONEOUT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    call, sizes, widths, tile, seen, h_rows, t, start, cell_threshold, cell_zone, GATES: tl.constexpr,
+    HARD: tl.constexpr, HARD_TANH: tl.constexpr, CELL_ZONEOUT: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = call.state.h.dtype.element_ty
     COUPLED: tl.constexpr = GATES == 3
-    d, b, u, row, runs, mask = tile
+    d, b, u, row, _runs, mask = tile
     at_state = (d.to(tl.int64) * sizes.batch + b)[:, None] * widths.hidden + u[None, :]
     c = tl.load(call.state.c + at_state, mask=mask, other=0.0)
     x, s = _gate(call, sizes, widths, tile, seen, h_rows, 0, GATES, BLOCK, STAGES)
@@ -72,7 +74,7 @@ def _gru(
     call, sizes, widths, tile, seen, h_rows, h, GATES: tl.constexpr, HARD: tl.constexpr, HARD_TANH: tl.constexpr,
     BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    d, b, u, row, runs, mask = tile
+    d, _b, u, row, _runs, mask = tile
     x, s = _gate(call, sizes, widths, tile, seen, h_rows, 0, GATES, BLOCK, STAGES)
     r = sigmoid(x + s, HARD)
     x, s = _gate(call, sizes, widths, tile, seen, h_rows, 1, GATES, BLOCK, STAGES)
@@ -141,8 +143,8 @@ def forward_kernel(
                 )  # fmt: skip
             elif NAME == "LSTM":
                 new = _lstm(
-                    call, sizes, widths, tile, seen, h_rows, t, start, cell_threshold, cell_zone, GATES, HARD, HARD_TANH,
-                    CELL_ZONEOUT, BLOCK_DEPTH, STAGES,
+                    call, sizes, widths, tile, seen, h_rows, t, start, cell_threshold, cell_zone, GATES, HARD,
+                    HARD_TANH, CELL_ZONEOUT, BLOCK_DEPTH, STAGES,
                 )  # fmt: skip
             elif NAME == "GRU":
                 new = _gru(call, sizes, widths, tile, seen, h_rows, h, GATES, HARD, HARD_TANH, BLOCK_DEPTH, STAGES)

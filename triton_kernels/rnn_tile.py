@@ -1,4 +1,4 @@
-"""Recurrent layers in Triton: what the kernels that walk over steps share. rnn.py launches them; the maths is in csrc/rnn.h.
+"""Recurrent layers in Triton: what the kernels that walk over steps share. rnn.py launches them; maths: csrc/rnn.h.
 
 forward    a program owns rows of the batch and units of one direction. At each step it adds W_hh h to what the input
            gives to its units' gates, which one matrix product made for all steps before, and makes h and c of them.
@@ -16,8 +16,8 @@ wide.
 With a projection, h' = W_hr (o tanh(c')), a step is two launches: PART "cell" makes o tanh(c'), "state" projects it (in
 the backward "state", then "cell"). "whole" is both where there is none.
 
-saved, of each layer: h after each step; of LSTM and GRU the gates (GRU: r, z, n, and W_hn h + b_hn), of the LSTM c; of the
-RNN with zoneout h' before it.
+saved, of each layer: h after each step; of LSTM and GRU the gates (GRU: r, z, n, and W_hn h + b_hn), of the LSTM c; of
+the RNN with zoneout h' before it.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

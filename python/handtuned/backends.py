@@ -137,8 +137,8 @@ def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
     from . import ops
 
-    with_kernel = (*ops.NORM_OPS, *ops.ATTENTION_OPS, *ops.RNN_OPS)
-    return None if op in with_kernel else "no Triton kernel for this op"
+    families = (ops.NORM_OPS, ops.ATTENTION_OPS, ops.RNN_OPS, ops.LINEAR_OPS, ops.CROSS_ENTROPY_OPS, ("rotary",))
+    return None if any(op in family for family in families) else "no Triton kernel for this op"
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
