@@ -74,6 +74,8 @@ def kept(
     """
     if torch.compiler.is_compiling() or _transforms_active() or not getattr(module, "keep_packed", True):
         return None
+    if not backends.reads_layout():
+        return None
     if _is_tracing():  # torch.jit.trace would write it into its graph, where no new weight could reach it
         return None
     if not in_training and module.training and torch.is_grad_enabled():
@@ -83,7 +85,7 @@ def kept(
     found = None if mine is None else mine.get(name)
     if found is not None and found.is_of(weights):
         return found.made
-    if not _can_be_kept(weights) or not backends.runs_kernels():
+    if not _can_be_kept(weights):
         return None
     found = _kept.setdefault(module, {})[name] = _Kept(weights, make)
     return found.made

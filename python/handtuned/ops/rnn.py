@@ -50,7 +50,7 @@ class RnnArguments(Arguments):
 
     def check(self) -> None:
         self.check_dtype()
-        mode = self["mode"]
+        mode = self.mode = self["mode"]
         self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
         self.cell = CELLS[mode]
         if self.weights is not None:
