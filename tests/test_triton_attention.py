@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -223,33 +222,6 @@ def replace_attention(config: tuple[int, ...]) -> Any:
 # ---- what is the same whatever the order -----------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def shuffled_programs(seed: int) -> Iterator[None]:
-    """The programs of a launch one after the other in random order."""
-    from triton.runtime import interpreter
-
-    original = interpreter.interpreter_builder.set_grid_idx
-    dim = interpreter.interpreter_builder.set_grid_dim
-    generator = random.Random(seed)
-    order: list[tuple[int, int, int]] = []
-
-    def set_dim(*grid: int) -> None:
-        dim(*grid)
-        order[:] = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
-        generator.shuffle(order)
-
-    def set_idx(x: int, y: int, z: int) -> None:
-        original(*order.pop())
-
-    builder: Any = interpreter.interpreter_builder
-    builder.set_grid_dim, builder.set_grid_idx = set_dim, set_idx
-    try:
-        yield
-    finally:
-        del builder.set_grid_dim, builder.set_grid_idx
-    assert not order
-
-
 @pytest.mark.parametrize("case", [EVERYTHING, EVERYTHING_PACKED.with_(dtype=BF16)], ids=lambda case: case.name)
 def test_same_bits_in_any_order_of_programs(case: Case) -> None:
     """A program that read what another writes would give other bits in some order."""
@@ -257,7 +229,7 @@ def test_same_bits_in_any_order_of_programs(case: Case) -> None:
     torch.manual_seed(7)
     expected = ac.results(case, t)
     torch.manual_seed(7)
-    with shuffled_programs(1):
+    with triton_tools.shuffled_programs(1):
         found = ac.results(case, t)
     for name, want in expected.items():
         assert torch.equal(found[name].nan_to_num(), want.nan_to_num()), name

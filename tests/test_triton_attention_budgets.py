@@ -13,18 +13,19 @@ import torch
 if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
 
+import triton_ahead
 import triton_tools
 from handtuned.triton_kernels import attention, tuning
 
 BUDGETS = Path(__file__).parent / "triton_attention_budgets.json"
 EVERY = ("sm80", "sm90", "sm100", "gfx942")
-MOST_SHARED = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 99 * 1024, "gfx942": 64 * 1024}
-TENSOR_CORES = {"sm80": "mma.sync", "sm90": "wgmma", "sm100": "tcgen05.mma", "gfx942": "v_mfma"}
+TENSOR_CORES = {"sm80": ["mma.sync"], "sm90": ["wgmma"], "sm100": ["tcgen05.mma"], "gfx942": ["v_mfma"]}
 # Forms: causal; every option at once; a query against pages. The others of the list need HANDTUNED_EVERY_TILE=1.
 SAMPLED = [
     ("forward", "bfloat16", 128, "causal", EVERY),
     ("keys", "bfloat16", 64, "causal", ("sm80", "sm90", "gfx942")),
     ("forward", "bfloat16", 64, "paged", ("sm80",)),
+    ("forward", "float32", 32, "causal", ("sm80",)),
 ]
 OTHERS = [
     *((kernel, "bfloat16", 128, "causal", EVERY) for kernel in ("rows", "keys")),
@@ -33,9 +34,12 @@ OTHERS = [
     *((kernel, "float32", 64, "causal", ("sm80", "gfx942")) for kernel in ("forward", "rows", "keys")),
     ("forward", "float64", 64, "causal", ("gfx942",)),
     *((kernel, "bfloat16", 512, "causal", ("sm80",)) for kernel in ("forward", "keys")),
+    # Narrow and wide heads; products without tensor cores.
+    *((kernel, "bfloat16", width, "causal", EVERY) for kernel in ("forward", "rows", "keys") for width in (32, 512)),
+    *((kernel, "float32", width, "causal", EVERY) for kernel in ("forward", "rows", "keys") for width in (32, 128)),
+    *((kernel, "float64", 64, "causal", ("sm90", "gfx942")) for kernel in ("forward", "rows", "keys")),
 ]
-CASES = list(dict.fromkeys([*SAMPLED, *(OTHERS if "HANDTUNED_EVERY_TILE" in os.environ else [])]))
-Key = tuple[str, str]
+CASES = [*SAMPLED, *(OTHERS if "HANDTUNED_EVERY_TILE" in os.environ else [])]
 
 
 def launch(arch: str, kernel: str, dtype: str, width: int, form: str) -> None:
@@ -66,53 +70,18 @@ def launch(arch: str, kernel: str, dtype: str, width: int, form: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[Key, list[triton_tools.Resources]]:
-    """(kernel dtype width form, architecture) -> the kernel, and behind it the one for tiles that met a NaN."""
-    keys = [(case, arch) for *case, archs in CASES for arch in archs]
-    cases = [
-        {"arch": arch, "only": f"{kernel}_kernel", "kernel": kernel, "dtype": dtype, "width": width, "form": form}
-        for (kernel, dtype, width, form), arch in keys
-    ]
-    found = triton_tools.ahead_of_time("test_triton_attention_budgets:launch", cases, timeout=3600.0)
-    return {(" ".join(map(str, case)), arch): kernels for (case, arch), kernels in zip(keys, found, strict=True)}
+def compiled() -> triton_ahead.Compiled:
+    """Behind each kernel the one for tiles that met a NaN."""
+    names = ("kernel", "dtype", "width", "form")
+    return triton_ahead.compiled_forms("test_triton_attention_budgets:launch", names, CASES)
 
 
-def test_ahead_of_time_budgets(compiled: dict[Key, list[triton_tools.Resources]]) -> None:
-    """No spills, an architecture's limits; of what is sampled also registers by the 8 in which hardware hands them out,
-    shared memory and instructions. After a wanted change: HANDTUNED_WRITE_BUDGETS=1 pytest -k budgets."""
-    found: dict[str, dict[str, list[int]]] = {}
-    sampled = [(" ".join(map(str, case)), arch) for *case, archs in SAMPLED for arch in archs]
-    for (case, arch), kernels in compiled.items():
-        for kernel in kernels:
-            assert kernel.spills == 0, f"{case} spills on {arch}: {kernel.spills} bytes"
-            assert kernel.shared <= MOST_SHARED[arch], f"{case} takes {kernel.shared} bytes of shared memory on {arch}"
-        used = [-(-kernels[0].registers // 8) * 8, kernels[0].shared, sum(kernels[0].mix.values())]
-        found.setdefault(case, {})[arch] = used
-    if os.environ.get("HANDTUNED_WRITE_BUDGETS") == "1":
-        kept = {case: {a: u for a, u in used.items() if (case, a) in sampled} for case, used in found.items()}
-        lines = [f'  "{case}": {json.dumps(used)}' for case, used in kept.items() if used]
-        head = '{\n "entry": ["registers", "shared bytes", "instructions (PTX; AMD: assembly)"],\n "budgets": {\n'
-        BUDGETS.write_text(head + ",\n".join(lines) + "\n }\n}\n")
-    budgets = json.loads(BUDGETS.read_text())["budgets"]
-    for case, of_arch in found.items():
-        for arch, used in of_arch.items():
-            if case not in budgets or arch not in budgets[case]:
-                assert (case, arch) not in sampled
-                continue
-            named = zip(("registers", "shared bytes", "instructions"), used, budgets[case][arch], strict=True)
-            for what, now, most in named:
-                assert now <= most * 1.05, f"{case} on {arch} takes {now} {what}, budget {most}"
+def test_ahead_of_time_budgets(compiled: triton_ahead.Compiled) -> None:
+    triton_ahead.check_budgets(compiled, SAMPLED, BUDGETS)
 
 
-def test_instruction_mix(compiled: dict[Key, list[triton_tools.Resources]]) -> None:
-    """Tensor cores where operands have 16 bits, no local memory, no atomics."""
-    for (case, arch), kernels in compiled.items():
-        for kernel in kernels:
-            if "bfloat16" in case:
-                cores = [op for op in kernel.mix if op.startswith(TENSOR_CORES[arch])]
-                assert cores, f"{case} on {arch} has no {TENSOR_CORES[arch]}: {sorted(kernel.mix)}"
-            wrong = [op for op in kernel.mix if op.startswith(("ld.local", "st.local", "scratch_", "atom.", "red."))]
-            assert not wrong, f"{case} on {arch}: {wrong}"
+def test_instruction_mix(compiled: triton_ahead.Compiled) -> None:
+    triton_ahead.check_instructions(compiled, TENSOR_CORES)
 
 
 def test_committed_table_is_complete() -> None:

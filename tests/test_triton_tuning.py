@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton_tools
-from handtuned.triton_kernels import tuning
+from handtuned.triton_kernels import tune_tiles, tuning
 
 
 @pytest.fixture
@@ -96,3 +97,58 @@ def test_tune_keeps_the_fastest(kernel: str, cols: int, cache: Path, monkeypatch
     assert tuning._lookup(kernel, cols, width, "sm90") == best
     assert len(json.loads(cache.read_text())["tables"]["sm90"]) == 1
     assert len(lines) == len(set(lines)) >= 18
+
+
+# ---- attention and recurrent layers ----------------------------------------------------------------------------------
+
+
+def test_tune_of_tiles_refuses() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="torch sees none"):
+            tune_tiles.tune_attention("forward", 64, torch.float32)
+    with pytest.raises(ValueError, match="kernel is 'mask', expected one of forward, decode, rows, keys"):
+        tune_tiles.tune_attention("mask", 64, torch.float32)
+    with pytest.raises(ValueError, match="kernel is 'rows', expected one of forward, backward"):
+        tune_tiles.tune_rnn("rows", 64, torch.float32)
+    with pytest.raises(ValueError, match="hidden is 0"):
+        tune_tiles.tune_rnn("forward", 0, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["attention", "rnn"])
+def test_tune_of_tiles_keeps_the_fastest(family: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended GPU, on which the kernels do not run and whose clock prefers 4 warps and many rows."""
+    like = torch.zeros(1, dtype=torch.bfloat16)
+
+    def look() -> Any:
+        return tuning.attention("rows", 50, 64, like) if family == "attention" else tuning.rnn("backward", like)
+
+    def do_bench(run: object, return_mode: str) -> float:
+        config = look()._asdict()
+        if config["stages"] == 3:
+            raise RuntimeError("out of resources")
+        return 1.0 / config["rows"] + abs(config["warps"] - 4)
+
+    monkeypatch.setattr(tune_tiles, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
+    for name in ("attention", "attention_backward"):
+        monkeypatch.setattr(tune_tiles.attention, name, lambda *_: (like, like))
+    monkeypatch.setattr(tune_tiles.rnn, "rnn", lambda *_: (like,) * 5)
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    before = look()
+    lines: list[str] = []
+    if family == "attention":
+        best = tune_tiles.tune_attention("rows", 64, torch.bfloat16, rows=16, progress=lines.append)
+    else:
+        best = tune_tiles.tune_rnn("backward", 16, torch.float16, batch=2, steps=2, progress=lines.append)
+    assert (best.rows, best.warps) == (before.rows * 2, 4)
+    assert look() == best
+    assert set(json.loads((cache.parent / f"triton_{family}.json").read_text())["tables"]) == {"sm90"}
+    assert any("refused: out of resources" in line for line in lines)
+    notes: list[str] = []
+    with tuning.noted(notes):
+        look()
+    assert "your tuned table of sm90" in notes[0]
+    (cache.parent / f"triton_{family}.json").write_text("[]")
+    tuning.forget()
+    with pytest.warns(UserWarning, match=f"triton_{family}.json is not a tuning table"):
+        assert look() == before

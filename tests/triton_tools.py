@@ -17,6 +17,7 @@ import dataclasses
 import importlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -91,6 +92,33 @@ def mend_bfloat16() -> None:
         return cast(self, source, target)
 
     builder.cast_impl, builder.create_fp_to_fp = cast, cast_rounding
+
+
+@contextlib.contextmanager
+def shuffled_programs(seed: int) -> Iterator[None]:
+    """The programs of a launch one after the other in random order."""
+    from triton.runtime import interpreter
+
+    original = interpreter.interpreter_builder.set_grid_idx
+    dim = interpreter.interpreter_builder.set_grid_dim
+    generator = random.Random(seed)
+    order: list[tuple[int, int, int]] = []
+
+    def set_dim(*grid: int) -> None:
+        dim(*grid)
+        order[:] = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
+        generator.shuffle(order)
+
+    def set_idx(x: int, y: int, z: int) -> None:
+        original(*order.pop())
+
+    builder: Any = interpreter.interpreter_builder
+    builder.set_grid_dim, builder.set_grid_idx = set_dim, set_idx
+    try:
+        yield
+    finally:
+        del builder.set_grid_dim, builder.set_grid_idx
+    assert not order
 
 
 # ---- guard bands -----------------------------------------------------------------------------------------------------

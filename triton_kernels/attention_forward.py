@@ -15,7 +15,6 @@ import triton.language as tl
 
 from .attention_tile import (
     LN_2,
-    LOG2_E,
     combine,
     is_finite,
     key_rows,
@@ -32,7 +31,7 @@ from .attention_tile import (
     unit_of,
     visible,
 )
-from .common import keep_factor, scalar
+from .common import LOG2_E, keep_factor, scalar
 
 
 @triton.jit

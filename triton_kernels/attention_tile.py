@@ -27,9 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import scalar
+from .common import LOG2_E, scalar, tanh
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -267,22 +266,6 @@ def is_finite(total):
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def tanh(x):
-    """Cephes: a polynomial (for float64 a fraction of two) near 0, 1 - 2 / (1 + exp(2 |x|)) elsewhere."""
-    size = tl.abs(x)
-    far = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2_E)))
-    z = x * x
-    if x.dtype == tl.float64:
-        above = ((-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z) - 1.61468768441708447952e3
-        below = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
-        near = x + x * (z * (above / below))
-    else:
-        series = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
-        near = x + x * (z * (series * z - 3.33332819422e-1))
-    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

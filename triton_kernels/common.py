@@ -13,6 +13,8 @@ import triton.language as tl
 
 from .tuning import Config
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 # ---- device code -----------------------------------------------------------------------------------------------------
 
 
@@ -29,6 +31,22 @@ def reciprocal_sqrt(value):
         return 1.0 / tl.sqrt(value)
     else:
         return tl.div_rn(1.0, tl.sqrt_rn(value))
+
+
+@triton.jit
+def tanh(x):
+    """Cephes: a polynomial (for float64 a fraction of two) near 0, 1 - 2 / (1 + exp(2 |x|)) elsewhere."""
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2_E)))
+    z = x * x
+    if x.dtype == tl.float64:
+        above = ((-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z) - 1.61468768441708447952e3
+        below = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+        near = x + x * (z * (above / below))
+    else:
+        series = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+        near = x + x * (z * (series * z - 3.33332819422e-1))
+    return tl.where(size < 0.625, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -69,6 +87,21 @@ def _halves(word, bound):
 def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Every buffer a kernel writes is allocated here, so that tests can put guard bands around all of them."""
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b by torch, 16 bits summed and returned in float32."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """With torch.empty_like's strides."""
+    strides = torch.empty_like(tensor, device="meta").stride()
+    return empty((tensor.numel(),), tensor).as_strided(tensor.shape, strides)
 
 
 def as_rows(tensor: torch.Tensor, normalized_ndim: int) -> tuple[torch.Tensor, int]:

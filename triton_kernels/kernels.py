@@ -1,6 +1,8 @@
 """Every op that has a Triton kernel, by its name."""
 
 from .attention import attention, attention_backward
+from .cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
+from .linear import linear, linear_backward, linear_inference, linear_pack
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -13,6 +15,8 @@ from .norm import (
     rms_norm_backward,
     rms_norm_inference,
 )
+from .rnn import rnn, rnn_backward, rnn_cell, rnn_inference, rnn_pack
+from .rotary import rotary
 
 __all__ = [
     "add_layer_norm",
@@ -24,7 +28,19 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "layer_norm_inference",
+    "linear",
+    "linear_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
+    "linear_inference",
+    "linear_pack",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_inference",
+    "rnn",
+    "rnn_backward",
+    "rnn_cell",
+    "rnn_inference",
+    "rnn_pack",
+    "rotary",
 ]

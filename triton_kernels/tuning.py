@@ -7,6 +7,7 @@ A table maps architecture -> kernel -> bytes per element -> bucket -> [tile, row
 length rounded up to a power of two, or "long" for rows of more columns than the largest bucket.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -33,9 +34,37 @@ class Config(NamedTuple):
     stages: int  # depth of software pipelining of the kernel's loops, 1: none
 
 
+_notes: list[str] | None = None
+
+
+@contextlib.contextmanager
+def noted(notes: list[str]) -> Iterator[None]:
+    """Inside, what launchers choose is written there, for explain()."""
+    global _notes
+    before, _notes = _notes, notes
+    try:
+        yield
+    finally:
+        _notes = before
+
+
+def note(text: str) -> None:
+    if _notes is not None and text not in _notes:
+        _notes.append(text)
+
+
+def _note_tile(kernel: str, config: Any, arch: str, tuned: bool = False) -> None:
+    if _notes is not None:
+        tile = ", ".join(f"{name} {value}" for name, value in config._asdict().items())
+        note(f"{kernel} kernel: {tile} ({'your tuned' if tuned else 'the committed'} table of {_table_name(arch)})")
+
+
 def lookup(kernel: str, cols: int, itemsize: int, device: torch.device) -> Config:
     """The tile for rows of `cols` elements of `itemsize` bytes: the user's measured one, else the committed one."""
-    return _lookup(kernel, cols, itemsize, architecture(device))
+    arch = architecture(device)
+    config = _lookup(kernel, cols, itemsize, arch)
+    _note_tile(kernel, config, arch)
+    return config
 
 
 @functools.lru_cache(maxsize=4096)
@@ -75,8 +104,15 @@ class AttentionConfig(NamedTuple):
 
 def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) -> AttentionConfig:
     """The committed tile of an attention kernel for rows of this many elements."""
-    bucket = max(32, triton.next_power_of_2(max(width, value_width)))
-    return _attention(kernel, bucket, query.element_size(), architecture(query.device))
+    arch = architecture(query.device)
+    keys = (arch, kernel, str(query.element_size()), str(attention_bucket(max(width, value_width))))
+    config, tuned = _tile("attention", keys)
+    _note_tile(kernel, AttentionConfig(*config), arch, tuned)
+    return AttentionConfig(*config)
+
+
+def attention_bucket(width: int) -> int:
+    return max(32, triton.next_power_of_2(width))
 
 
 def careful(config: AttentionConfig) -> AttentionConfig:
@@ -89,15 +125,86 @@ def careful_rows(config: AttentionConfig) -> AttentionConfig:
     return config._replace(rows=16, stages=1)
 
 
+# ---- recurrent layers ------------------------------------------------------------------------------------------------
+
+
+class RnnConfig(NamedTuple):
+    rows: int  # of the batch, in a tile
+    units: int
+    depth: int  # of a product's blocks
+    warps: int
+    stages: int
+
+
+ONE_PROGRAM = 256 * 1024  # bytes of W_hh that one program reads at each step, from its caches
+
+
+def one_program(gates: int, hidden: int, width: int, itemsize: int) -> bool:
+    """Whether a program takes all units of its rows, and with them all steps, in one launch."""
+    size = gates * hidden * width * itemsize
+    fits = width == hidden and size <= ONE_PROGRAM
+    why = f"W_hh of a direction has {size} bytes, the limit is {ONE_PROGRAM}" if width == hidden else "a projection"
+    note(f"{'one launch for all steps' if fits else 'a launch for each step'}: {why}")
+    return fits
+
+
+def rnn(kernel: str, input: torch.Tensor) -> RnnConfig:
+    """The committed tile of a recurrent kernel: "forward" or "backward", or with _options where something is drawn."""
+    arch = architecture(input.device)
+    config, tuned = _tile("rnn", (arch, kernel, str(input.element_size())))
+    _note_tile(kernel, RnnConfig(*config), arch, tuned)
+    return RnnConfig(*config)
+
+
+# ---- tables of attention and recurrent layers ------------------------------------------------------------------------
+
+
 @functools.lru_cache(maxsize=4096)
-def _attention(kernel: str, width: int, itemsize: int, arch: str) -> AttentionConfig:
-    return AttentionConfig(*_attention_table()[_table_name(arch)][kernel][str(itemsize)][str(width)])
+def _tile(family: str, keys: tuple[str, ...]) -> tuple[list[int], bool]:
+    """(an entry of a family's table, whether it is the user's); keys: the architecture, then those of the table."""
+    found = _entry(_user_tiles(family), keys)
+    if found is not None:
+        return found, True
+    committed = _entry(_committed_tiles(family), (_table_name(keys[0]), *keys[1:]))
+    assert committed is not None, keys
+    return committed, False
+
+
+def _entry(table: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        table = None if table is None else table.get(key)
+    return table
 
 
 @functools.cache
-def _attention_table() -> Table:
-    tables: Table = json.loads((COMMITTED.parent / "attention.json").read_text())["tables"]
-    return tables
+def _committed_tiles(family: str) -> Any:
+    return json.loads((COMMITTED.parent / f"{family}.json").read_text())["tables"]
+
+
+@functools.cache
+def _user_tiles(family: str) -> Any:
+    path = user_file(family)
+    try:
+        return json.loads(path.read_text())["tables"] if path.exists() else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(
+            f"{path} is not a tuning table ({error}); the committed one is used. Delete it or tune again.", stacklevel=2
+        )
+        return {}
+
+
+def try_tile(family: str, keys: tuple[str, ...], tile: tuple[int, ...]) -> None:
+    """Until forget(), lookups find this tile."""
+    forget()
+    table = _user_tiles(family)
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+    table[keys[-1]] = list(tile)
+
+
+def save_tile(family: str, keys: tuple[str, ...], tile: tuple[int, ...]) -> None:
+    try_tile(family, keys, tile)
+    _write(user_file(family), _user_tiles(family))
 
 
 def _table_name(arch: str) -> str:
@@ -117,17 +224,18 @@ def _committed_table() -> Table:
 # ---- the user's table ------------------------------------------------------------------------------------------------
 
 
-def user_file() -> Path:
+def user_file(family: str = "norm") -> Path:
     """Where tune() writes: $HANDTUNED_CACHE_DIR, or handtuned/ in the platform's cache directory."""
+    name = f"triton_{family}.json"
     if root := os.environ.get("HANDTUNED_CACHE_DIR"):
-        return Path(root) / "triton_norm.json"
+        return Path(root) / name
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
         base = Path.home() / "Library" / "Caches"
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "handtuned" / "triton_norm.json"
+    return base / "handtuned" / name
 
 
 @functools.cache
@@ -169,6 +277,8 @@ def forget() -> None:
     """Drop what was read, so that the next lookup reads the files again."""
     _lookup.cache_clear()
     _user_table.cache_clear()
+    _tile.cache_clear()
+    _user_tiles.cache_clear()
 
 
 # ---- tuning ----------------------------------------------------------------------------------------------------------
@@ -272,6 +382,10 @@ def _save(arch: str, kernel: str, itemsize: int, name: str, config: Config) -> N
     forget()
     tables = _user_table()
     tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
+    _write(path, tables)
+
+
+def _write(path: Path, tables: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "tables": tables}, indent=1))

@@ -18,12 +18,15 @@ from torch.autograd import Function, forward_ad
 from . import backends, ops, reference
 
 
-def kernels_for(op: str, input: Tensor) -> Any:
-    """The namespace that serves a call: torch's dispatcher, unless a switch or a transform says otherwise."""
+def kernels_for(op: str, input: Tensor, mode: str = "") -> Any:
+    """The namespace that serves a call: torch's dispatcher, unless a switch or a transform says otherwise.
+
+    mode: of a recurrent op.
+    """
     if _transforms_active() or forward_ad._current_level >= 0:
         backends.fell_back(op, "a torch.func transform or forward-mode AD is active, which kernels cannot enter")
         return backends.formula(op, input)
-    return ops if backends.plain else backends.kernels(op, input)
+    return ops if backends.plain else backends.kernels(op, input, mode)
 
 
 def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:

@@ -111,6 +111,11 @@ def record(calls: list[Call]) -> Iterator[None]:
         yield
 
 
+def reads_layout() -> bool:
+    """Whether weights packed for the CPU kernels are what a call on the CPU reads."""
+    return _state.backend in ("auto", "cpu")
+
+
 def runs_kernels() -> bool:
     """False where the switch demands the formula, which reads no packed weights."""
     return _state.backend != "reference"
@@ -133,8 +138,8 @@ def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
     from . import ops
 
-    with_kernel = (*ops.NORM_OPS, *ops.ATTENTION_OPS)
-    return None if op in with_kernel else "no Triton kernel for this op"
+    families = (ops.NORM_OPS, ops.ATTENTION_OPS, ops.RNN_OPS, ops.LINEAR_OPS, ops.CROSS_ENTROPY_OPS, ("rotary",))
+    return None if any(op in family for family in families) else "no Triton kernel for this op"
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
@@ -178,8 +183,10 @@ def _why_not_capability(device: torch.device) -> str | None:
     return None if major >= 8 else f"the device is sm_{major}{minor}, the CUDA kernels need sm_80"
 
 
-def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, mode: str) -> str | None:
     lacking = why_no_triton_kernel(op)
+    if mode.endswith("layernorm"):
+        return "the Triton kernels do not normalise recurrent gates"
     if lacking:
         return lacking
     if device.type in ("cuda", "xpu"):
@@ -189,19 +196,23 @@ def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return f"input is on {device.type}"
 
 
-def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
-    """The policy table: every backend in order of preference, with the reason of each that cannot serve the call."""
+def candidates(op: str, device: torch.device, dtype: torch.dtype, mode: str = "") -> list[Candidate]:
+    """The policy table: every backend in order of preference, with the reason of each that cannot serve the call.
+
+    mode: of a recurrent op.
+    """
+    on_cpu = device.type == "cpu"
     return [
         Candidate("cpu", _C.isa(), _why_not_cpu(device, dtype)),
         Candidate("cuda", "cuda c++", _why_not_cuda(op, device, dtype)),
-        Candidate("triton", "interpreter" if device.type == "cpu" else "triton", _why_not_triton(op, device, dtype)),
+        Candidate("triton", "interpreter" if on_cpu else "triton", _why_not_triton(op, device, dtype, mode)),
         Candidate("reference", "torch"),
     ]
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype) -> tuple[Candidate, list[Candidate]]:
+def choose(op: str, device: torch.device, dtype: torch.dtype, mode: str = "") -> tuple[Candidate, list[Candidate]]:
     """(the one that serves, all of them) under the backend that is set."""
-    table = candidates(op, device, dtype)
+    table = candidates(op, device, dtype, mode)
     if _state.backend == "auto":
         return next(candidate for candidate in table if candidate.refused is None), table
     candidate = next(candidate for candidate in table if candidate.backend == _state.backend)
@@ -235,9 +246,9 @@ def _namespace(candidate: Candidate) -> Any:
     return ops
 
 
-def serve_device(op: str, main: torch.Tensor, args: tuple[Any, ...]) -> Any:
+def serve_device(op: str, main: torch.Tensor, mode: str, args: tuple[Any, ...]) -> Any:
     """The dispatcher's kernel for every device but the CPU; arguments are checked and on `main`'s device."""
-    chosen, table = choose(op, main.device, main.dtype)
+    chosen, table = choose(op, main.device, main.dtype, mode)
     if chosen.backend == "reference" and _state.backend == "auto":
         fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
     return getattr(_namespace(chosen), op)(*args)
@@ -265,14 +276,19 @@ class Direct:
     def __getattr__(self, op: str) -> Any:
         def call(*args: Any) -> Any:
             self.note(op, args)
-            return getattr(self.kernels, op)(*args)
+            if _state.record is None or self.chosen.backend != "triton":
+                return getattr(self.kernels, op)(*args)
+            from .triton_kernels import tuning
+
+            with tuning.noted(_state.record[-1].notes):
+                return getattr(self.kernels, op)(*args)
 
         return call
 
 
-def kernels(op: str, input: torch.Tensor) -> Direct:
+def kernels(op: str, input: torch.Tensor, mode: str = "") -> Direct:
     """The namespace that serves an op (and its backward) on this input, when not `plain`."""
-    chosen, table = choose(op, input.device, input.dtype)
+    chosen, table = choose(op, input.device, input.dtype, mode)
     auto = _state.backend == "auto" and chosen.backend != "reference"
     return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)
 

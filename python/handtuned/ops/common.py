@@ -22,6 +22,7 @@ class Arguments:
 
     main: Tensor  # whose device and dtype the others follow
     main_name: str
+    mode = ""  # of a recurrent op
 
     def __init__(self, op: Any, args: tuple[Any, ...]) -> None:
         self.op: str = name_of(op)
@@ -110,7 +111,7 @@ def register(op: Any, arguments: type[Arguments]) -> None:
     def serve(*args: Any) -> Any:
         found = arguments(op, args)
         found.check()
-        return backends.serve_device(name, found.main, args)
+        return backends.serve_device(name, found.main, found.mode, args)
 
     torch.library.register_fake(f"{OP_NAMESPACE}::{name}", fake)
     torch.library.impl(f"{OP_NAMESPACE}::{name}", "CompositeExplicitAutograd", serve)

@@ -51,7 +51,7 @@ class RnnArguments(Arguments):
 
     def check(self) -> None:
         self.check_dtype()
-        mode = self["mode"]
+        mode = self.mode = self["mode"]
         self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
         self.cell = CELLS[mode]
         on_cuda = self.main.device.type == "cuda" and backends.runs_kernels()

@@ -95,7 +95,8 @@ def _recur(
     training: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, hn, cn, cells) of the op rnn, differentiable, on whatever kernel serves it. A seed is drawn here."""
-    kernels, mode = kernels_for("rnn", input), variant.mode(mode)
+    mode = variant.mode(mode)
+    kernels = kernels_for("rnn", input, mode)
     hidden, state = weights[1].shape[0] // ops.CELLS[mode].gates, weights[1].shape[1]
     rates, need_cells = variant.rates(training), variant.return_cell_states
     sizes = (mode, hidden, state if state != hidden else 0, num_layers, bidirectional, dropout_p, rates)

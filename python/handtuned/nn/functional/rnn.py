@@ -49,7 +49,7 @@ def pack_rnn_weights(
     """
     mode = variant_of("pack_rnn_weights", mode, options).mode(mode)
     with torch.no_grad():
-        kernels = kernels_for("rnn_pack", weights[0])
+        kernels = kernels_for("rnn_pack", weights[0], mode)
         packed: Tensor = kernels.rnn_pack(list(weights), mode, bidirectional, bias, 0.0, None)
     return packed
 

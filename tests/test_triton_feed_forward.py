@@ -1,0 +1,89 @@
+"""Linear layers with their epilogues, rotary embedding and linear cross-entropy in Triton, in the interpreter: the CPU
+kernels' cases held to the contract, with guard bands around every buffer. Budgets: test_triton_rnn_budgets.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
+    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
+
+import cross_entropy_cases as cc
+import linear_cases as lc
+import test_rotary as rotary_tests
+import triton_tools
+from handtuned.triton_kernels import common, cross_entropy
+
+import handtuned
+from handtuned import nn
+from handtuned.nn import functional as H
+
+triton_tools.mend_bfloat16()
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device Triton is not interpreted")
+
+EVERY_CASE = "HANDTUNED_EVERY_CASE" in os.environ
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+MOST_ELEMENTS = 20_000
+
+
+def sample(cases: list[Any], step: int) -> list[Any]:
+    small = [case for case in cases if case.elements < MOST_ELEMENTS]
+    return small if EVERY_CASE else small[::step]
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> Iterator[None]:
+    with handtuned.backend("triton"), triton_tools.guarded(common):
+        yield
+
+
+@pytest.mark.parametrize("case", sample(lc.CASES, 6), ids=lambda case: case.name)
+def test_linear(case: lc.Case) -> None:
+    lc.check_contract(case)
+
+
+@pytest.mark.parametrize("case", sample(cc.CASES, 6), ids=lambda case: case.name)
+def test_cross_entropy(case: cc.Case) -> None:
+    cc.check_contract(case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_cross_entropy_over_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of rows x classes is stored: 16 rows at a time here."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", 1)
+    cc.check_contract(cc.Case((37,), 12, 150, dtype, bias=True, weighted=True, smoothing=0.1, ignored=0.3))
+
+
+def test_cross_entropy_leaves_out_rows_and_says_nan_of_a_target_that_is_no_class() -> None:
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with torch.no_grad():
+        x[1] = torch.nan
+    loss = H.linear_cross_entropy(x, w, torch.tensor([2, -100, 5]), reduction="none")
+    assert loss.isnan().tolist() == [False, False, True]
+    loss[:2].sum().backward()
+    assert w.grad.isfinite().all()
+    assert (x.grad[1] == 0).all()
+    assert H.linear_cross_entropy(x[1:2], w, torch.tensor([-100])).isnan()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dtype", "table"), [(F32, F32), (F64, F64), (BF16, BF16), (F16, F32)])
+def test_rotary(dtype: torch.dtype, table: torch.dtype, interleaved: bool) -> None:
+    rotary_tests.test_rotation_is_rounded_once("triton", dtype, table, interleaved)
+    rotary_tests.test_any_layout_and_its_output("triton")
+
+
+def test_feed_forward_modules() -> None:
+    """Every linear of SwiGLU, its activation an epilogue."""
+    for module in (nn.SwiGLU(6, 10), nn.GEGLU(6, 10, bias=True)):
+        x = torch.randn(3, 6)
+        found = handtuned.explain(module, x)
+        assert {call.served_by.backend for call in found.calls} == {"triton"}
+        with handtuned.backend("reference"):
+            torch.testing.assert_close(found.result, module(x), rtol=1e-5, atol=1e-6)
