@@ -63,6 +63,7 @@ class Launcher:
     def __init__(self) -> None:
         self.modules: dict[str, ptx_tools.Module] = {}
         self.fresh: list[Tensor] = []  # what kernels write: keeps its memory until the end of the op
+        self.filled: set[int] = set()  # those that torch has written
 
     def empty(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype or like.dtype)
@@ -72,6 +73,7 @@ class Launcher:
 
     def forget(self) -> None:
         self.fresh.clear()
+        self.filled.clear()
         ptx_tools.library().ptx_forget()
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
@@ -83,6 +85,11 @@ class Launcher:
         numbers = [number for name, kind in signature for number in flat(kind, values[name])]
         words = [bits(kind.lstrip("*"), value) for kind, value in numbers]
         words += [0, 0]  # Triton's own scratch, which these kernels have no use for
+        for tensor in self.fresh:
+            if tensor.numel() and tensor._version and tensor.data_ptr() not in self.filled:  # torch wrote it
+                self.filled.add(tensor.data_ptr())
+                ptx_tools.library().ptx_unmap(tensor.data_ptr())
+                ptx_tools.map_tensor(tensor, written=True)
         given = list({t.data_ptr(): t for t in tensors(args) if t.numel() and not self.is_fresh(t)}.values())
         for tensor in given:
             ptx_tools.map_tensor(tensor, written=True)
