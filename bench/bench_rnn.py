@@ -20,6 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+import handtuned
 from handtuned.nn.functional import pack_rnn_weights
 
 from . import gate
@@ -38,6 +39,7 @@ class Op:
     case: rc.Case
     backward: bool = False
     ratio: float | None = None  # wanted against torch eager
+    cell: bool = False  # the cell's module
 
     @property
     def id(self) -> str:
@@ -48,11 +50,13 @@ class Op:
 
 
 def _rows() -> list[Op]:
-    def step(mode: str, batch: int, hidden: int, ratio: float | None = None) -> Op:
-        return Op(f"{mode} step", rc.Case(mode, (1, batch, hidden, hidden), states=True), ratio=ratio)
+    def step(mode: str, batch: int, hidden: int, ratio: float | None = None, cell: bool = False) -> Op:
+        case = rc.Case(mode, (1, batch, hidden, hidden), states=True)
+        return Op(f"{mode}{'Cell' * cell} step", case, ratio=ratio, cell=cell)
 
-    rows = [step("LSTM", 1, 128, 4.0), step("LSTM", 1, 256, 20.0), step("LSTM", 1, 512, 20.0), step("LSTM", 8, 512)]
+    rows = [step("LSTM", 1, hidden, 20.0) for hidden in (128, 256, 512)] + [step("LSTM", 8, 512)]
     rows += [step("GRU", 1, 256), step("RNN_TANH", 1, 256)]
+    rows += [step("LSTM", 1, hidden, 4.0, cell=True) for hidden in (64, 128, 256, 512)]
     for dtype, wanted in ((FP32, 2.2), (BF16, 2.5)):
         for shape in ((128, 1, 256, 256), (128, 1, 512, 512), (512, 1, 128, 128)):
             rows.append(Op("LSTM fwd", rc.Case("LSTM", shape, dtype=dtype), ratio=wanted))
@@ -64,7 +68,7 @@ def _rows() -> list[Op]:
         rows += [Op(f"{mode} f+b", rc.Case(mode, (128, 1, 256, 256)), True, both)]
         rows += [Op(f"{mode} f+b", rc.Case(mode, (128, 16, 256, 256)), True)]
     for dtype in (FP32, BF16):
-        for shape, ratio in (((128, 1, 256, 256), 2.2), ((128, 16, 256, 256), 1.5)):
+        for shape, ratio in (((128, 1, 256, 256), 2.2), ((128, 16, 256, 256), 1.5), ((64, 32, 512, 512), 1.5)):
             rows.append(Op("LSTM f+b", rc.Case("LSTM", shape, dtype=dtype), True, ratio))
     lengths = tuple(20 + 140 * b // 31 for b in range(32))
     rows += [Op("LSTM lengths fwd", rc.Case("LSTM", (160, 32, 256, 256), lengths=lengths), ratio=4.0)]
@@ -95,7 +99,7 @@ def _variants() -> list[Op]:
 
 
 OPS = _rows() + _variants()
-QUICK = {"LSTM step", "GRU step"}
+QUICK = {"LSTM step", "GRU step", "LSTMCell step"}
 
 
 def work(case: rc.Case, backward: bool) -> float:
@@ -111,7 +115,10 @@ def work(case: rc.Case, backward: bool) -> float:
 Names = tuple[str, ...]
 
 
-def _torch_cells(case: rc.Case, t: rc.Tensors) -> Callable[..., Tensors] | str:
+def _torch_cells(op: Op, t: rc.Tensors) -> Callable[..., Tensors] | str:
+    case = op.case
+    if op.cell:
+        return "torch itself is its cell here"
     if case.lengths or case.proj or case.options:
         return "has neither lengths nor projections nor options"
     if case.shape[0] > MOST_STEPS and case.shape[1] > 1:
@@ -158,8 +165,31 @@ def onnx_graph(case: rc.Case, t: rc.Tensors) -> OnnxGraph | None:
     )
 
 
-def _sides(case: rc.Case, t: rc.Tensors, backward: bool) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
+def _modules(case: rc.Case, t: rc.Tensors, cell: bool) -> tuple[Callable[..., Tensors], ...]:
+    """(torch's, ours): streaming is done with modules, which have the weights themselves."""
+    name, *kind = case.mode.split("_")
+    options = {"nonlinearity": kind[0].lower()} if kind else {}
+    hx = tuple(s[0] if cell else s for s in (t.h0, t.c0) if s is not None)
+
+    def call(package: Any) -> Callable[..., Tensors]:
+        module = getattr(package, name + "Cell" * cell)(*case.shape[2:], dtype=case.dtype, **options).eval()
+        for parameter, weight in zip(module.parameters(), t.weights, strict=True):
+            parameter.data = weight
+        state = hx if case.mode == "LSTM" else hx[0]
+
+        def run(x: Tensor, *weights: Tensor) -> Tensors:
+            return (module(x, state)[0],)
+
+        return run
+
+    return call(torch.nn), call(handtuned.nn)
+
+
+def _sides(op: Op, t: rc.Tensors, backward: bool) -> tuple[Callable[..., Tensors], ...]:
     """(torch's, ours) of input and weights; what does not depend on them is made before anything is timed."""
+    case = op.case
+    if case.shape[0] == 1:
+        return _modules(case, t, op.cell)
     hx = None if t.h0 is None else (t.h0, t.c0) if case.mode == "LSTM" else t.h0
     options: dict[str, Any] = {**dict(case.options), "training": case.training}
     if not backward:
@@ -193,8 +223,8 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
     """What is timed, and what its results must be."""
     case = op.case
     t = rc.tensors(case, gate.DRAW)
-    eager, ours = _sides(case, t, op.backward)
-    x, grad = t.input, t.grad_output
+    eager, ours = _sides(op, t, op.backward)
+    x, grad = t.input[0] if op.cell else t.input, t.grad_output
     if case.lengths:
         sequence = pack_padded_sequence(t.input, list(case.lengths), enforce_sorted=False)
         x = sequence.data
@@ -208,14 +238,14 @@ def prepare(op: Op) -> tuple[Case, gate.Truth]:
         ours=ours,
         inputs=inputs,
         grad_outputs=(grad,) if op.backward else None,
-        onnx=None if op.backward else onnx_graph(case, t),
-        cells=_torch_cells(case, t),
+        onnx=None if op.backward or op.cell else onnx_graph(case, t),
+        cells=_torch_cells(op, t),
         plain=prepare(dataclasses.replace(op, case=case.with_(options=())))[0] if case.options else None,
     )
-    return made, _truth(case, t, made)
+    return made, _truth(op, t, made)
 
 
-def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
+def _truth(op: Op, t: rc.Tensors, made: Case) -> gate.Truth:
     """torch's own results on these inputs, in their dtype and in float64."""
     doubled = dataclasses.replace(
         t,
@@ -226,7 +256,7 @@ def _truth(case: rc.Case, t: rc.Tensors, made: Case) -> gate.Truth:
         },
         weights=tuple(w.double() for w in t.weights),
     )
-    wide_eager, _ = _sides(case.with_(dtype=torch.float64), doubled, True)
+    wide_eager, _ = _sides(dataclasses.replace(op, case=op.case.with_(dtype=torch.float64)), doubled, True)
     wide_inputs = tuple(i.detach().double().requires_grad_(i.requires_grad) for i in made.inputs)
     grads = None if made.grad_outputs is None else tuple(g.double() for g in made.grad_outputs)
     wide = dataclasses.replace(made, eager=wide_eager, inputs=wide_inputs, grad_outputs=grads, dtype=torch.float64)

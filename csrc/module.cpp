@@ -1,5 +1,5 @@
-// handtuned._C: what the library says about itself. No tensors pass here; ops.cpp and norm.cpp register themselves
-// with torch's dispatcher when this module is loaded.
+// handtuned._C: what the library says about itself, and the straight way of a few modules (straight.cpp). Tensors pass
+// through the ops, which register themselves with torch's dispatcher when this module is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +13,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cuda_library.h"
+#include "straight.h"
 
 namespace py = pybind11;
 
@@ -107,4 +108,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_cuda", &emulate_cuda, py::arg("path"));
   m.def("copy_bandwidth", &copy_bandwidth, py::arg("megabytes") = 256, py::call_guard<py::gil_scoped_release>());
   m.def("multiply_add_rate", &multiply_add_rate, py::arg("of_bf16") = false, py::call_guard<py::gil_scoped_release>());
+  add_straight(m.ptr());
 }

@@ -22,6 +22,7 @@ import handtuned
 
 Batch = tuple[Tensor, ...]  # the model's arguments, and last its targets
 Loss = Callable[[Tensor, Tensor], Tensor]
+torch.set_num_threads(1)  # models this small gain nothing by more
 TEXT = Path(__file__).parent / "data" / "coriolanus.txt"
 
 

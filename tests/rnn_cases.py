@@ -22,6 +22,7 @@ from handtuned.nn import functional as H
 from handtuned.nn.functional.variants import Variant
 
 MODES = ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")
+ACTIVATIONS = {"activation": "hardtanh", "recurrent_activation": "hardsigmoid"}
 
 
 @contextmanager

@@ -99,7 +99,9 @@ def test_what_is_left_is_named_with_its_reason() -> None:
     assert {name: type(m) for name, m in model.items() if name != "plain"} == {
         name: kind for name, kind in before.items() if name != "plain"
     }
+    assert [(row.name, row.type) for row in report.torchs] == [("other", "Conv1d")]
     text = str(report)
+    assert "no convolutions" in text
     for name, why in left.items():
         assert name in text
         assert " ".join(why.split()[:2]) in text

@@ -14,10 +14,10 @@ import torch
 import torch._dynamo
 from test_norm_properties import assert_same_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import handtuned
-from handtuned import nn
-from handtuned.nn import rnn_straight
+from handtuned import _C, nn
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 
@@ -120,7 +120,7 @@ def test_the_straight_way_is_the_general_one(isa: str, kind: str, options: dict[
     module = getattr(nn, kind)(4, 6, **options)
     cell = kind.endswith("Cell")
     x = torch.randn(3, 4) if cell else torch.randn(1, 3, 4)
-    straight = functools.partial(rnn_straight.run_cell_straight if cell else rnn_straight.run_straight, module)
+    straight = functools.partial(_C.straight_cell if cell else _C.straight_layer, module, module._mode())
     assert straight(x, None) is None  # nothing is packed yet
     with torch.no_grad():
         state = module(x) if cell else module(x)[1]
@@ -132,8 +132,14 @@ def test_the_straight_way_is_the_general_one(isa: str, kind: str, options: dict[
                 assert found is not None
                 assert_same_bits(dict(enumerate(tensors_in(found))), dict(enumerate(tensors_in(expected))))
     with torch.no_grad():
-        for unusual in (x.double(), x[..., :3], x[0]):
+        for unusual in (x.double(), x[..., :3], x[0], torch.nn.Parameter(x), torch.nn.utils.rnn.pack_sequence([x])):
             assert straight(unusual, None) is None
+        for unusual_state in ((None, None), [state], tuple(t[..., :1] for t in tensors_in(state))):
+            assert straight(x, unusual_state) is None
+        with torch.overrides.BaseTorchFunctionMode(), FakeTensorMode(allow_non_fake_inputs=True):
+            assert straight(x, None) is None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert straight(x, None) is None
         with torch.autocast("cpu", torch.bfloat16), handtuned.backend("reference"):
             assert straight(x, None) is None
         with handtuned.backend("reference"):

@@ -96,18 +96,30 @@ struct Destination {
   }
 };
 
+// What products after this one will read of memory: so many lines of it are asked for with each block of rows.
+struct Upcoming {
+  const char* data = nullptr;
+  int64_t lines = 0;
+
+  HT_INLINE void expect() {
+    for (const char* end = data + 64 * lines; data < end; data += 64) __builtin_prefetch(data);
+  }
+};
+
 template <class E, int MV, bool Add, int Ahead, class T, int NR>
 __attribute__((noinline)) void multiply_row_blocks(int64_t rows, const E* b, int64_t b_row, int64_t b_step, const T* a,
                                                    int64_t a_step, int64_t depth, Accumulate<E>* c, int64_t c_row,
-                                                   const Accumulate<E>* base, int64_t base_row, Destination to) {
+                                                   const Accumulate<E>* base, int64_t base_row, Destination to,
+                                                   Upcoming next) {
   for (; rows >= NR; rows -= NR, b += NR * b_row, c += NR * c_row, base += NR * base_row) {
     to.expect(NR);
+    next.expect();
     multiply_block<E, NR, MV, Add, Ahead>(b, b_row, b_step, a, a_step, depth, c, c_row, base, base_row);
   }
   if constexpr (NR > 1) {
     if (rows)
       multiply_row_blocks<E, MV, Add, Ahead, T, NR - 1>(rows, b, b_row, b_step, a, a_step, depth, c, c_row, base,
-                                                        base_row, to);
+                                                        base_row, to, next);
   }
 }
 // All rows, MV vectors wide: whole blocks, then one of as many rows as are left. base: see multiply_block.
@@ -115,13 +127,13 @@ template <class E, int MV, class T>
 HT_INLINE void multiply_rows_onto(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth,
                                   Accumulate<E>* c, int64_t c_row, const Accumulate<E>* base, int64_t base_row) {
   multiply_row_blocks<E, MV, true, 0, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, base,
-                                                         base_row, {});
+                                                         base_row, {}, {});
 }
 template <class E, int MV, bool Add, int Ahead = 0, class T>
 HT_INLINE void multiply_rows(int64_t rows, Broadcast<E> b, const T* a, int64_t a_step, int64_t depth, Accumulate<E>* c,
-                             int64_t c_row, Destination to = {}) {
+                             int64_t c_row, Destination to = {}, Upcoming next = {}) {
   multiply_row_blocks<E, MV, Add, Ahead, T, kBlockRows<MV>>(rows, b.data, b.row, b.step, a, a_step, depth, c, c_row, c,
-                                                            c_row, to);
+                                                            c_row, to, next);
 }
 
 // C is `vectors` vectors wide: in panels of two, or wider where rows are too few to keep the multipliers busy.

@@ -28,10 +28,11 @@ struct ConvertedPanels {
   const quad* data;
   int64_t quads;  // of a panel, the sums of its columns included
 
+  const quad* address(int64_t panel, int64_t s) const { return data + (panel * quads + s / kSteps) * kLinearPanel; }
   // to [steps rounded up to whole quads][kLinearPanel]
   const E* block(int64_t panel, int64_t s, int64_t steps, E* to) const {
     constexpr int L = kLanes<float>;
-    const quad* from = data + (panel * quads + s / kSteps) * kLinearPanel;
+    const quad* from = address(panel, s);
     for (int64_t i = 0; i < steps; i += kSteps, from += kLinearPanel, to += kSteps * kLinearPanel) {
 #pragma GCC unroll 16
       for (int64_t c = 0; c < kLinearPanel; c += L) {

@@ -14,10 +14,11 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-inline constexpr int64_t kBlockSteps = 192;   // at most; each is summed on its own, so short ones round less
+inline constexpr int64_t kBlockSteps = 128;   // at most; each is summed on its own, so short ones round less
 inline constexpr int64_t kBlockMultiple = 4;  // of steps: a block begins where four bytes of int8 weights do
 inline constexpr int64_t kMostRows = 192, kMostPanels = 4;  // of a piece
 inline constexpr int64_t kWantedPieces = 16;
+inline constexpr int64_t kStreamRows = 64;  // few: memory may be the limit
 
 struct ProductCut {
   int64_t panels, rows, row_blocks, groups;  // of a piece: panels, rows; and how many pieces
@@ -31,6 +32,7 @@ struct ProductCut {
       return row_blocks * groups >= kWantedPieces;
     };
     while (!cut() && (panels > 1 || most_rows > kMostRows / 4)) panels > 1 ? panels /= 2 : most_rows /= 2;
+    panels = (all_panels + groups - 1) / most(groups, 1);
     constexpr int64_t block = kBlockRows<2>;
     rows = ((all_rows + row_blocks - 1) / most(row_blocks, 1) + block - 1) / block * block;
   }
@@ -82,20 +84,26 @@ struct LeftColumns {
   }
 };
 
-// All columns of a panel: four vectors at a time where rows are too few to keep the multipliers busy with two.
+// All columns of a panel. The fewer the rows, the more of the time panels are on their way from memory: few rows ask
+// for a step further on with each step, many for lines of the next panel whenever they go through this one.
 template <class E, int Ahead, class S>
 HT_INLINE void multiply_panel(int64_t rows, Broadcast<E> b, const S* a, int64_t steps, Accumulate<E>* c, int64_t pitch,
-                              Destination to) {
+                              Destination to, Upcoming next) {
   constexpr int L = kLanes<Accumulate<E>>;
-  auto by = [&](auto vectors) HT_LAMBDA {
+  auto by = [&](auto vectors, auto ahead) HT_LAMBDA {
     constexpr int MV = vectors;
-    for (int64_t v = 0; v < kLinearPanel; v += MV * L)
-      multiply_rows<E, MV, true, Ahead>(rows, b, a + v, kLinearPanel, steps, c + v, pitch, to.columns(v, MV * L));
+    const int64_t blocks = (rows + kBlockRows<MV> - 1) / kBlockRows<MV>, turns = blocks * (kLinearPanel / (MV * L));
+    next.lines = ahead ? 0 : (next.lines + turns - 1) / turns;
+    for (int64_t v = 0; v < kLinearPanel; v += MV * L, next.data += 64 * blocks * next.lines)
+      multiply_rows<E, MV, true, ahead>(rows, b, a + v, kLinearPanel, steps, c + v, pitch, to.columns(v, MV * L), next);
   };
-  if (rows <= kBlockRows<4>)
-    by(std::integral_constant<int, 4>());
-  else
-    by(std::integral_constant<int, 2>());
+  using std::integral_constant;
+  if (rows <= kBlockRows<4>)  // wide, or the multipliers would wait for sums
+    by(integral_constant<int, 4>(), integral_constant<int, Ahead>());
+  else if (rows <= kStreamRows)  // narrow: half a panel is asked for at a time, and twice as many rows use it
+    by(integral_constant<int, 2>(), integral_constant<int, Ahead>());
+  else  // as wide as registers allow: fewer loads and stores
+    by(integral_constant<int, kVectorBytes == 64 ? 4 : 2>(), integral_constant<int, 0>());
 }
 
 // A as linear_pack leaves it, read in place.
@@ -106,9 +114,10 @@ struct PackedPanels {
   const S* data;
   int64_t steps;  // of a panel
 
+  const S* address(int64_t panel, int64_t s) const { return data + (panel * steps + s) * kLinearPanel; }
   template <class E>
   const S* block(int64_t panel, int64_t s, int64_t, E*) const {
-    return data + (panel * steps + s) * kLinearPanel;
+    return address(panel, s);
   }
 };
 
@@ -141,8 +150,11 @@ void product(int64_t rows, int64_t columns, int64_t steps, const Panels& panels,
         const auto* a = panels.block(group + panel, s, now, buffer);
         const int64_t column = (group + panel) * kLinearPanel;
         const bool last = s + now == steps && column + kLinearPanel <= columns;
+        const auto* next = panel + 1 < own ? panels.address(group + panel + 1, s) : panels.address(group, s + now);
+        const int64_t bytes = (panels.address(0, now) - panels.address(0, 0)) * int64_t(sizeof *next);
         multiply_panel<E, Panels::kAhead>(n, b, a, now, c + panel * kLinearPanel, pitch,
-                                          last ? to.rows(r).columns(column, kLinearPanel) : Destination());
+                                          last ? to.rows(r).columns(column, kLinearPanel) : Destination(),
+                                          {reinterpret_cast<const char*>(next), bytes / 64});
       }
     }
     const int64_t first = group * kLinearPanel;

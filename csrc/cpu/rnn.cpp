@@ -2,8 +2,8 @@
 
 #include "kernels.h"
 #include "rnn_backward_normalised.h"
+#include "rnn_backward_stack.h"
 #include "rnn_forward_normalised.h"
-#include "rnn_gradients.h"
 #include "rnn_pack.h"
 
 namespace handtuned::HANDTUNED_ISA {

@@ -24,7 +24,11 @@ class BackwardTask {
   static constexpr int L = kLanes<A>, W = 4 * L;
 
  public:
-  BackwardTask(const Layer& layer, Team& team) : y_(layer), p_(layer.p), team_(team), arena_(find_parts()) {
+  BackwardTask(const Layer& layer, Team& team)
+      : y_(layer),
+        p_(layer.p),
+        parts_(team, p_.directions, (p_.hidden + W - 1) / W, y_.projects() ? (p_.state + W - 1) / W : 0),
+        arena_(bytes()) {
     m_ = arena_.template take<A>(p_.batch * W);
     state_ = arena_.template take<A>(p_.batch * W);
     around_ = arena_.template take<A>(p_.batch * W);
@@ -33,80 +37,58 @@ class BackwardTask {
     place_ = arena_.template take<int64_t>(p_.batch);
     for (int64_t i = 0; i < p_.batch; ++i) place_[i] = i;
     for (A*& mean : means_) mean = arena_.template take<A>(rnn_row_pitch(p_.batch));
-    for (int i = 0; i < count_; ++i) {
-      Slice& part = parts_[i];
-      part.dh = arena_.template take<A>(state_panels(part) * p_.batch * W);
-      part.dc = arena_.template take<A>((part.end - part.begin) * p_.batch * W);
-      part.around = arena_.template take<A>(zones_h() * state_panels(part) * p_.batch * W);
-      part.peepholes = arena_.template take<A>((part.end - part.begin) * rnn_peepholes(p_) * W);
+    for (Slice& part : parts_) {
+      part.dh = arena_.template take<A>(part.state_panels() * p_.batch * W);
+      part.dc = arena_.template take<A>(part.panels() * p_.batch * W);
+      part.around = arena_.template take<A>(zones_h() * part.state_panels() * p_.batch * W);
+      part.peepholes = arena_.template take<A>(part.panels() * rnn_peepholes(p_) * W);
       if (const int64_t n = cover_h(part)) part.zone_h.data = arena_.template take<A>(n);
       if (const int64_t n = cover_c(part)) part.zone_c.data = arena_.template take<A>(n);
       if (p_.layer_norm) take_normed(part);
-      part.wh = arena_.template take<E>(state_panels(part) * wh_elements());
-      part.wr = arena_.template take<E>(y_.projects() ? (part.end - part.begin) * wr_elements() : 0);
+      part.wh = arena_.template take<E>(part.state_panels() * wh_elements());
+      part.wr = arena_.template take<E>(y_.projects() ? part.panels() * wr_elements() : 0);
     }
   }
 
   void run() {
-    const Others others = others_of(team_.slices(), p_.directions, parts_, count_);
-    for (int i = 0; i < count_; ++i) take_weights(parts_[i]), begin(parts_[i]);
+    for (Slice& part : parts_) take_weights(part), begin(part);
     for (int64_t s = y_.steps - 1; s >= 0; --s) {
-      for (int i = 0; i < count_; ++i) take_gradient(parts_[i], s);
-      if (y_.projects()) meet(others);
+      for (Slice& part : parts_) take_gradient(part, s);
+      if (y_.projects()) parts_.meet();
       if (p_.layer_norm) {
-        step_normalised(s, others);
+        step_normalised(s);
       } else {
-        for (int i = 0; i < count_; ++i) step(parts_[i], s);
+        for (Slice& part : parts_) step(part, s);
       }
-      team_.finish_phase();
+      parts_.finish_phase();
       if (s == 0 && !p_.grad_h0) break;
-      team_.wait(others);
-      for (int i = 0; i < count_; ++i) pass_on(parts_[i], s);
+      parts_.wait();
+      for (Slice& part : parts_) pass_on(part, s);
     }
-    for (int i = 0; i < count_; ++i) end(parts_[i]);
+    for (Slice& part : parts_) end(part);
   }
 
  private:
-  void meet(Others others) {
-    team_.finish_phase();
-    team_.wait(others);
-  }
   // Of one panel.
   int64_t wh_elements() const { return gates_of(p_.cell) * y_.pitch() / kPack<E> * W; }
   int64_t wr_elements() const { return y_.r_pitch() / kPack<E> * W; }
-  int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
-  int64_t state_panels(const Part& part) const {
-    return y_.projects() ? part.r_end - part.r_begin : part.end - part.begin;
-  }
-
   bool zones_h() const { return p_.zoneout.p > 0; }
   int64_t cover_h(Slice& part) const {
-    const int64_t begin = state_begin(part);
-    return part.zone_h.cover(p_, p_.zoneout, begin * W, (begin + state_panels(part)) * W);
+    return part.zone_h.cover(p_, p_.zoneout, part.state_begin * W, part.state_end * W);
   }
   int64_t cover_c(Slice& part) const { return part.zone_c.cover(p_, p_.cell_zoneout, part.begin * W, part.end * W); }
 
-  // Fills parts_; returns the bytes that they need.
-  size_t find_parts() {
-    const int64_t panels = (p_.hidden + W - 1) / W, r_panels = y_.projects() ? (p_.state + W - 1) / W : 0;
-    size_t bytes = 4 * Arena::bytes_of<A>(p_.batch * W) + 2 * Arena::bytes_of<int64_t>(p_.batch) +
-                   4 * Arena::bytes_of<A>(rnn_row_pitch(p_.batch));
-    for (int i = 0; i < team_.count(); ++i) {
-      Part found[2];
-      const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
-      for (int j = 0; j < n; ++j) {
-        const int64_t own = found[j].end - found[j].begin;
-        Slice& part = parts_[count_++];
-        static_cast<Part&>(part) = found[j];
-        bytes += Arena::bytes_of<A>(zones_h() * state_panels(part) * p_.batch * W) +
-                 Arena::bytes_of<A>(own * rnn_peepholes(p_) * W) + Arena::bytes_of<A>(cover_h(part)) +
-                 Arena::bytes_of<A>(cover_c(part)) + normed_bytes(own);
-        bytes += Arena::bytes_of<A>(own * p_.batch * W) + Arena::bytes_of<E>(y_.projects() ? own * wr_elements() : 0) +
-                 Arena::bytes_of<A>(state_panels(found[j]) * p_.batch * W) +
-                 Arena::bytes_of<E>(state_panels(found[j]) * wh_elements());
-      }
-    }
-    return bytes;
+  size_t bytes() {
+    size_t all = 4 * Arena::bytes_of<A>(p_.batch * W) + 2 * Arena::bytes_of<int64_t>(p_.batch) +
+                 4 * Arena::bytes_of<A>(rnn_row_pitch(p_.batch));
+    for (Slice& part : parts_)
+      all += Arena::bytes_of<A>(part.state_panels() * p_.batch * W) + Arena::bytes_of<A>(part.panels() * p_.batch * W) +
+             Arena::bytes_of<A>(zones_h() * part.state_panels() * p_.batch * W) +
+             Arena::bytes_of<A>(part.panels() * rnn_peepholes(p_) * W) + Arena::bytes_of<A>(cover_h(part)) +
+             Arena::bytes_of<A>(cover_c(part)) + normed_bytes(part.panels()) +
+             Arena::bytes_of<E>(part.state_panels() * wh_elements()) +
+             Arena::bytes_of<E>(y_.projects() ? part.panels() * wr_elements() : 0);
+    return all;
   }
 
   // Calls use(vector, unit, n) for the vectors of a panel that hold units below `end`, n of them.
@@ -128,9 +110,9 @@ class BackwardTask {
   }
   void take_weights(Slice& part) {
     const int64_t d = part.direction, of_gate = y_.pitch() / kPack<E> * W;
-    for (int64_t i = 0; i < state_panels(part); ++i)
+    for (int64_t i = 0; i < part.state_panels(); ++i)
       for (int64_t g = 0; g < gates_of(p_.cell); ++g)
-        take_columns(y_.wh[d] + g * p_.hidden * p_.state, p_.hidden, p_.state, state_begin(part) + i,
+        take_columns(y_.wh[d] + g * p_.hidden * p_.state, p_.hidden, p_.state, part.state_begin + i,
                      part.wh + i * wh_elements() + g * of_gate);
     for (int64_t i = part.begin; i < part.end && y_.projects(); ++i)
       take_columns(y_.wr[d], p_.state, p_.hidden, i, part.wr + (i - part.begin) * wr_elements());
@@ -157,8 +139,8 @@ class BackwardTask {
                     [&](int64_t v, int64_t unit, int64_t n) { store(to + v * L, load_first(row + unit, n)); });
       }
     };
-    for (int64_t i = 0; i < state_panels(part); ++i)
-      copy(p_.grad_hn, p_.state, state_begin(part) + i, part.dh + i * p_.batch * W);
+    for (int64_t i = 0; i < part.state_panels(); ++i)
+      copy(p_.grad_hn, p_.state, part.state_begin + i, part.dh + i * p_.batch * W);
     for (int64_t i = part.begin; i < part.end; ++i)
       copy(has_cell_state(p_.cell) ? p_.grad_cn : nullptr, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
   }
@@ -178,8 +160,8 @@ class BackwardTask {
   void take_gradient(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction;
     part.zone_h.draw(p_, RnnDraw::zoneout, p_.zoneout, y_.layer * p_.directions + d, s, n);
-    for (int64_t i = 0; i < state_panels(part); ++i) {
-      const int64_t panel = state_begin(part) + i;
+    for (int64_t i = 0; i < part.state_panels(); ++i) {
+      const int64_t panel = part.state_begin + i;
       A* dh = part.dh + i * p_.batch * W;
       for (int64_t place = 0; place < n; ++place, dh += W) {
         auto add = [&](const auto* row) {
@@ -280,7 +262,7 @@ class BackwardTask {
   int64_t normed_bytes(int64_t own) const;
   void take_normed(Slice& part);
   void give_sums(const Slice& part);
-  void step_normalised(int64_t s, Others others);
+  void step_normalised(int64_t s);
   void begin_normalised(Slice& part, int64_t s, int64_t n);
   void back_normalised(Slice& part, int64_t s, int64_t n);
   void give_normalised(Slice& part, int64_t s, int64_t n);
@@ -315,8 +297,9 @@ class BackwardTask {
 
   // dh of own panels += d * W_h, under the mask of the states; with a projection nothing was left in dh.
   void pass_on(Slice& part, int64_t s) {
-    const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell);
-    for (int64_t i = 0; i < state_panels(part); ++i) {
+    const int64_t n = active_at(p_, s), d = part.direction, gates = gates_of(p_.cell), panels = part.state_panels();
+    for (int64_t nth = 0; nth < panels; ++nth) {
+      const int64_t i = s & 1 ? panels - 1 - nth : nth;  // back and forth: what was read last is still in the cache
       A *dh = part.dh + i * p_.batch * W, *sums = y_.masks ? sums_ : dh;
       const bool anew = y_.projects() || y_.masks;
       for (int64_t g = 0; g < gates; ++g) {
@@ -327,7 +310,7 @@ class BackwardTask {
                        anew && g == 0 ? kZeros<A> : sums, anew && g == 0 ? 0 : W);
       }
       for (int64_t place = 0; place < n && y_.masks; ++place)
-        each_vector(state_begin(part) + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
+        each_vector(part.state_begin + i, p_.state, [&](int64_t v, int64_t unit, int64_t) {
           const int64_t at = place * W + v * L;
           const vec<A> through = load(sums + at) * load(y_.mask(d, place) + unit);
           store(dh + at, y_.projects() ? through : load(dh + at) + through);
@@ -346,17 +329,15 @@ class BackwardTask {
                     [&](int64_t v, int64_t unit, int64_t n) { store_first(row + unit, load(from + v * L), n); });
       }
     };
-    for (int64_t i = 0; i < state_panels(part); ++i)
-      give(p_.grad_h0, p_.state, state_begin(part) + i, part.dh + i * p_.batch * W);
+    for (int64_t i = 0; i < part.state_panels(); ++i)
+      give(p_.grad_h0, p_.state, part.state_begin + i, part.dh + i * p_.batch * W);
     for (int64_t i = part.begin; i < part.end; ++i)
       give(p_.grad_c0, p_.hidden, i, part.dc + (i - part.begin) * p_.batch * W);
   }
 
   const Layer& y_;
   const RnnBackward& p_;
-  Team& team_;
-  int count_ = 0;
-  Slice parts_[2 * kMostSlices];
+  Parts<Slice> parts_;
   Arena arena_;
   A *m_, *state_, *around_, *sums_;
   A* means_[4];            // of rows that are normalised

@@ -1,7 +1,6 @@
 // Recurrent layers, backward: what all slices of a layer share, and what each keeps of its part.
 #pragma once
-#include "rnn_normalise.h"
-#include "rnn_team.h"
+#include "rnn_slice.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -11,15 +10,16 @@ HT_INLINE int64_t state_slot(const Rnn& p, int64_t g) {
 }
 
 template <class E, class T>
-struct LayerBackward {
+struct LayerBackward : LayerOf<Accumulate<E>, RnnBackward> {
   using A = Accumulate<E>;
   using O = Operand<E>;
+  using LayerOf<A, RnnBackward>::p;
 
   explicit LayerBackward(const RnnBackward& params)
-      : p(params), back(back_loop_of<Variant, A, O>(p.cell)), normed_back(back_loop_of<Normalised, A, A>(p.cell)) {}
+      : LayerOf<A, RnnBackward>{params},
+        back(back_loop_of<Variant, A, O>(p.cell)),
+        normed_back(back_loop_of<Normalised, A, A>(p.cell)) {}
 
-  const RnnBackward& p;
-  int64_t layer = 0;
   const A* grad_output = nullptr;  // [rows][directions * state] of the layer above, nullptr: the caller's
   const A* output;                 // of the forward, [rows][directions * state]
   const A *keep[2], *normed[2];
@@ -27,17 +27,14 @@ struct LayerBackward {
   const T* peepholes[2];
   const void* const* gains[2];  // of layer norms: of x, of h, of c', bias of c'
   void* const* grads[2];        // beside each of a direction's weights, nullptr: not wanted
-  const A* masks;               // of the states that W_h multiplied, as in the forward
   BackLoop<A, O> back;
   BackLoop<A, A> normed_back;  // where rows are normalised
-  int64_t steps;
-  O* ring;       // [direction][2][batch][slots * pitch]
-  O* r_ring;     // [direction][batch][r_pitch]: gradient of the projection at a step
-  O* gates[2];   // [rows][slots * pitch]: d
-  O* grad_r[2];  // [rows][r_pitch]: gradient of the projection
-  A* left;       // what panels leave of rows that are normalised, of each direction that of c', and of x and of h
+  O* ring;                     // [direction][2][batch][slots * pitch]
+  O* r_ring;                   // [direction][batch][r_pitch]: gradient of the projection at a step
+  O* gates[2];                 // [rows][slots * pitch]: d
+  O* grad_r[2];                // [rows][r_pitch]: gradient of the projection
+  A* left;  // what panels leave of rows that are normalised, of each direction that of c', and of x and of h
 
-  bool projects() const { return p.state != p.hidden; }
   int64_t pitch() const { return whole<E>(p.hidden); }
   int64_t r_pitch() const { return whole<E>(p.state); }
   int64_t slots() const { return slots_of(p) * pitch(); }
@@ -53,9 +50,6 @@ struct LayerBackward {
   const O* d_rows(int64_t direction, int64_t step) const {
     return scatters(direction) ? ring_row(direction, step, 0)
                                : gates[direction] + row_of(p, direction, step, 0) * slots();
-  }
-  const A* mask(int64_t direction, int64_t place) const {
-    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
   }
   O* r_row(int64_t direction, int64_t place) const { return r_ring + (direction * p.batch + place) * r_pitch(); }
   Left<A> left_of(int64_t direction, bool cells) const {

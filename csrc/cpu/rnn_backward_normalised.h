@@ -18,7 +18,7 @@ int64_t BackwardTask<E, T>::normed_bytes(int64_t own) const {
 template <class E, class T>
 void BackwardTask<E, T>::take_normed(Slice& part) {
   using N = NormedBack<A>;
-  const int64_t own = part.end - part.begin, d = part.direction, gates = gates_of(p_.cell);
+  const int64_t own = part.panels(), d = part.direction, gates = gates_of(p_.cell);
   N& to = part.normed;
   to.gains = arena_.template take<A>(own * N::numbers_of_gains(p_));
   to.sums = arena_.template take<A>(own * N::numbers_of_sums(p_));
@@ -66,13 +66,13 @@ void BackwardTask<E, T>::give_sums(const Slice& part) {
 
 // A step of all parts where rows are normalised.
 template <class E, class T>
-void BackwardTask<E, T>::step_normalised(int64_t s, Others others) {
+void BackwardTask<E, T>::step_normalised(int64_t s) {
   const int64_t n = active_at(p_, s);
-  for (int i = 0; i < count_; ++i) begin_normalised(parts_[i], s, n);
-  if (has_cell_state(p_.cell)) meet(others);
-  for (int i = 0; i < count_; ++i) back_normalised(parts_[i], s, n);
-  meet(others);
-  for (int i = 0; i < count_; ++i) give_normalised(parts_[i], s, n);
+  for (Slice& part : parts_) begin_normalised(part, s, n);
+  if (has_cell_state(p_.cell)) parts_.meet();
+  for (Slice& part : parts_) back_normalised(part, s, n);
+  parts_.meet();
+  for (Slice& part : parts_) give_normalised(part, s, n);
 }
 
 template <class E, class T>
@@ -91,7 +91,7 @@ void BackwardTask<E, T>::begin_normalised(Slice& part, int64_t s, int64_t n) {
 
 template <class E, class T>
 void BackwardTask<E, T>::back_normalised(Slice& part, int64_t s, int64_t n) {
-  const int64_t d = part.direction, panels = part.end - part.begin;
+  const int64_t d = part.direction, panels = part.panels();
   const NormedBack<A>& normed = part.normed;
   find_rows(part, s, n);
   for (int k = 0; k < 2 && has_cell_state(p_.cell); ++k) join_sums(y_.left_of(d, true), k, p_.hidden, n, means_[k]);
@@ -118,8 +118,8 @@ void BackwardTask<E, T>::give_normalised(Slice& part, int64_t s, int64_t n) {
   for (int k = 0; k < 4; ++k) join_sums(y_.left_of(d, false), k, gates_of(p_.cell) * p_.hidden, n, means_[k]);
   for (int64_t i = part.begin; i < part.end; ++i) {
     with_cell<A>(p_.cell, [&](auto cell) {
-      gradients_of_rows<decltype(cell)>(p_, part.normed, i - part.begin, part.end - part.begin, n, y_.normed[d], row_,
-                                        means_, i, y_.gates[d], y_.pitch());
+      gradients_of_rows<decltype(cell)>(p_, part.normed, i - part.begin, part.panels(), n, y_.normed[d], row_, means_,
+                                        i, y_.gates[d], y_.pitch());
     });
     for (int64_t place = 0; place < n && y_.scatters(d); ++place) bring_together(d, s, place, i);
   }

@@ -22,50 +22,53 @@ class ForwardTask {
   using O = Operand<E>;
   using W = Weight<E, T>;
   using Layer = LayerForward<E, T>;
+  using Slice = ForwardPart<A>;
   static constexpr int L = kLanes<A>;
   static constexpr int64_t kSumRows = 16;
 
  public:
   ForwardTask(const Layer& layer, Team& team)
-      : y_(layer), p_(layer.p), team_(team), arena_(find_parts()), columns_(y_.wh.vectors() * L) {
+      : y_(layer),
+        p_(layer.p),
+        parts_(team, p_.directions, panels_of<A>(y_.wh), y_.projects() ? panels_of<A>(y_.wr) : 0),
+        columns_(y_.wh.vectors() * L),
+        arena_(bytes()) {
     rows_ = arena_.template take<O>(stretch_rows() * round_up(y_.wx.in, 2));
     sums_ = arena_.template take<A>(most(p_.batch, kSumRows) * 4 * L);
     factor_ = arena_.template take<A>(round_up(y_.wx.in, kDropoutBlock));
     h0_ = arena_.template take<O>(h0_numbers());
     row_ = arena_.template take<int64_t>(p_.batch);
-    for (int i = 0; i < count_; ++i) {
-      const int64_t panels = parts_[i].end - parts_[i].begin;
-      parts_[i].h = arena_.template take<A>(panels * p_.batch * units());
-      parts_[i].c = arena_.template take<A>(panels * p_.batch * units());
-      parts_[i].r = arena_.template take<A>((parts_[i].r_end - parts_[i].r_begin) * p_.batch * units_of<A>(y_.wr));
-      parts_[i].x = arena_.template take<A>(panels * stretch_rows() * columns_);
-      parts_[i].s = arena_.template take<A>(p_.layer_norm * panels * p_.batch * columns_);
+    for (Slice& part : parts_) {
+      part.h = arena_.template take<A>(part.panels() * p_.batch * units());
+      part.c = arena_.template take<A>(part.panels() * p_.batch * units());
+      part.r = arena_.template take<A>((part.r_end - part.r_begin) * p_.batch * units_of<A>(y_.wr));
+      part.x = arena_.template take<A>(part.panels() * stretch_rows() * columns_);
+      part.s = arena_.template take<A>(p_.layer_norm * part.panels() * p_.batch * columns_);
       for (int which = 0; which < 3; ++which) {
-        parts_[i].mean[which] = arena_.template take<A>(moments(which));
-        parts_[i].rstd[which] = arena_.template take<A>(moments(which));
+        part.mean[which] = arena_.template take<A>(moments(which));
+        part.rstd[which] = arena_.template take<A>(moments(which));
       }
-      if (const int64_t n = cover_h(parts_[i])) parts_[i].zone_h.data = arena_.template take<A>(n);
-      if (const int64_t n = cover_c(parts_[i])) parts_[i].zone_c.data = arena_.template take<A>(n);
+      if (const int64_t n = cover_h(part)) part.zone_h.data = arena_.template take<A>(n);
+      if (const int64_t n = cover_c(part)) part.zone_c.data = arena_.template take<A>(n);
     }
   }
 
   void run() {
-    const Others others = others_of(team_.slices(), p_.directions, parts_, count_);
-    for (int i = 0; i < count_; ++i) begin(parts_[i]);
+    for (Slice& part : parts_) begin(part);
     for (int64_t s = 0; s < y_.steps; ++s) {
       if (y_.steps > 1 && s % y_.stretch == 0)
-        for (int i = 0; i < count_; ++i) project_input(parts_[i], s, least(s + y_.stretch, y_.steps));
-      if (s > 0) team_.wait(others);
+        for (Slice& part : parts_) project_input(part, s, least(s + y_.stretch, y_.steps));
+      if (s > 0) parts_.wait();
       if (p_.layer_norm) {
-        step_normalised(s, others);
+        step_normalised(s);
       } else {
-        for (int i = 0; i < count_; ++i) step(parts_[i], s);
+        for (Slice& part : parts_) step(part, s);
       }
       if (y_.projects()) {
-        meet(others);
-        for (int i = 0; i < count_; ++i) project_state(parts_[i], s);
+        parts_.meet();
+        for (Slice& part : parts_) project_state(part, s);
       }
-      team_.finish_phase();
+      parts_.finish_phase();
     }
   }
 
@@ -73,50 +76,34 @@ class ForwardTask {
   int64_t units() const { return units_of<A>(y_.wh); }
   int64_t stretch_rows() const { return y_.stretch * p_.batch; }
   int64_t moments(int which) const { return p_.layer_norm ? rnn_row_pitch(which ? p_.batch : stretch_rows()) : 0; }
-  void meet(Others others) {
-    team_.finish_phase();
-    team_.wait(others);
-  }
-  int64_t cover_h(ForwardPart<A>& part) const {
+  int64_t cover_h(Slice& part) const {
     const int64_t units = units_of<A>(state_shape());
-    return part.zone_h.cover(p_, p_.zoneout, state_begin(part) * units, state_end(part) * units);
+    return part.zone_h.cover(p_, p_.zoneout, part.state_begin * units, part.state_end * units);
   }
-  int64_t cover_c(ForwardPart<A>& part) const {
+  int64_t cover_c(Slice& part) const {
     return part.zone_c.cover(p_, p_.cell_zoneout, part.begin * units(), part.end * units());
   }
   const PanelShape& state_shape() const { return y_.projects() ? y_.wr : y_.wh; }
-  int64_t state_begin(const Part& part) const { return y_.projects() ? part.r_begin : part.begin; }
-  int64_t state_end(const Part& part) const { return y_.projects() ? part.r_end : part.end; }
   int64_t h0_numbers() const { return p_.h0 ? p_.directions * p_.batch * round_up(p_.state, 2) : 0; }
 
-  // Fills parts_; returns the bytes that they need.
-  size_t find_parts() {
-    const int64_t panels = panels_of<A>(y_.wh), r_panels = y_.projects() ? panels_of<A>(y_.wr) : 0;
-    size_t bytes = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) +
-                   Arena::bytes_of<A>(most(p_.batch, kSumRows) * 4 * L) +
-                   Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<O>(h0_numbers()) +
-                   Arena::bytes_of<int64_t>(p_.batch);
-    for (int i = 0; i < team_.count(); ++i) {
-      Part found[2];
-      const int n = parts_of(team_.slice(i), team_.slices(), p_.directions, panels, r_panels, found);
-      for (int j = 0; j < n; ++j) {
-        const int64_t own = found[j].end - found[j].begin;
-        ForwardPart<A>& part = parts_[count_++];
-        static_cast<Part&>(part) = found[j];
-        bytes += 2 * Arena::bytes_of<A>(own * p_.batch * units()) +
-                 Arena::bytes_of<A>((part.r_end - part.r_begin) * p_.batch * units_of<A>(y_.wr)) +
-                 Arena::bytes_of<A>(own * stretch_rows() * y_.wh.vectors() * L) + Arena::bytes_of<A>(cover_h(part)) +
-                 Arena::bytes_of<A>(cover_c(part)) +
-                 Arena::bytes_of<A>(p_.layer_norm * own * p_.batch * y_.wh.vectors() * L) +
-                 2 * Arena::bytes_of<A>(moments(0)) + 4 * Arena::bytes_of<A>(moments(1));
-      }
-    }
-    return bytes;
+  size_t bytes() {
+    size_t all = Arena::bytes_of<O>(stretch_rows() * round_up(y_.wx.in, 2)) +
+                 Arena::bytes_of<A>(most(p_.batch, kSumRows) * 4 * L) +
+                 Arena::bytes_of<A>(round_up(y_.wx.in, kDropoutBlock)) + Arena::bytes_of<O>(h0_numbers()) +
+                 Arena::bytes_of<int64_t>(p_.batch);
+    for (Slice& part : parts_)
+      all += 2 * Arena::bytes_of<A>(part.panels() * p_.batch * units()) +
+             Arena::bytes_of<A>((part.r_end - part.r_begin) * p_.batch * units_of<A>(y_.wr)) +
+             Arena::bytes_of<A>(part.panels() * stretch_rows() * columns_) + Arena::bytes_of<A>(cover_h(part)) +
+             Arena::bytes_of<A>(cover_c(part)) +
+             Arena::bytes_of<A>(p_.layer_norm * part.panels() * p_.batch * columns_) +
+             2 * Arena::bytes_of<A>(moments(0)) + 4 * Arena::bytes_of<A>(moments(1));
+    return all;
   }
 
   // Initial states, of h all (as operands: nobody waits for others before the first step); final ones of rows without a
   // step. What fills up a pair of operands is 0.
-  void begin(ForwardPart<A>& part) {
+  void begin(Slice& part) {
     const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
     for (int64_t place = 0; place < p_.batch; ++place) {
       const int64_t at = cell * p_.batch + caller_of(p_, place);
@@ -131,7 +118,7 @@ class ForwardTask {
       };
       const int64_t width = units_of<A>(state_shape());
       A* h = (y_.projects() ? part.r : part.h) + place * width;
-      for (int64_t i = state_begin(part); i < state_end(part); ++i, h += p_.batch * width) {
+      for (int64_t i = part.state_begin; i < part.state_end; ++i, h += p_.batch * width) {
         copy(p_.h0, p_.hn, h, i * width, width, p_.state);
       }
       A* c = part.c + place * units();
@@ -146,12 +133,12 @@ class ForwardTask {
   }
 
   // X = W_x x + b_x for the steps [from, to), own panels.
-  void project_input(ForwardPart<A>& part, int64_t from, int64_t to) {
+  void project_input(Slice& part, int64_t from, int64_t to) {
     const int64_t rows = first_row(p_, to) - first_row(p_, from);
     const Broadcast<E> x = take_input(part.direction, from, to);
-    for (int64_t i = 0; i < part.end - part.begin; ++i) multiply_input(part, i, rows, x);
+    for (int64_t i = 0; i < part.panels(); ++i) multiply_input(part, i, rows, x);
   }
-  void multiply_input(ForwardPart<A>& part, int64_t own, int64_t rows, Broadcast<E> x) {
+  void multiply_input(Slice& part, int64_t own, int64_t rows, Broadcast<E> x) {
     A* sums = part.x + own * stretch_rows() * columns_;
     const A* bias = weights(part.direction).x_bias + (part.begin + own) * columns_;
     multiply(rows, x, weights(part.direction).x, y_.wx, part.begin + own, sums, bias);
@@ -190,8 +177,8 @@ class ForwardTask {
   }
 
   // The gates of own panels at a step. Of few rows, several panels' together: they wait for results less that way.
-  void step(ForwardPart<A>& part, int64_t s) {
-    const int64_t n = active_at(p_, s), own = part.end - part.begin, together = most(1, kSumRows / n);
+  void step(Slice& part, int64_t s) {
+    const int64_t n = active_at(p_, s), own = part.panels(), together = most(1, kSumRows / n);
     const int64_t groups = (own + together - 1) / together;
     const bool back = (s + y_.turned) & 1;
     find_rows(part.direction, s, n);
@@ -205,7 +192,7 @@ class ForwardTask {
   }
   // Of `panels` panels, the first one `own` panels after the part's first; their products from the last to the first if
   // `back`. x: operands of a single step's input.
-  void step(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back, Broadcast<E> x) {
+  void step(Slice& part, int64_t s, int64_t n, int64_t own, int64_t panels, bool back, Broadcast<E> x) {
     const int64_t d = part.direction, state = p_.batch * units(), unit = (part.begin + own) * units();
     const int64_t before = first_row(p_, s) - first_row(p_, s - s % y_.stretch);
     for (int64_t j = 0; j < panels; ++j) {
@@ -218,7 +205,7 @@ class ForwardTask {
               y_.projects() ? Shares<A>{} : part.zone_h, part.zone_c, unit});
   }
   // S = h * W_h + b_h of one panel; a single step's X too, from its operands.
-  void multiply_state(ForwardPart<A>& part, int64_t s, int64_t n, int64_t own, A* sums, Broadcast<E> x) {
+  void multiply_state(Slice& part, int64_t s, int64_t n, int64_t own, A* sums, Broadcast<E> x) {
     const int64_t d = part.direction, panel = part.begin + own;
     const A* bias = weights(d).h_bias + panel * columns_;
     if (y_.steps == 1) multiply_input(part, own, n, x);
@@ -228,7 +215,7 @@ class ForwardTask {
       for (int64_t r = 0; r < n; ++r) fill_row(sums + r * columns_, bias, columns_);
   }
   // h and c of a step to all who read them.
-  void give(const ForwardPart<A>& part, int64_t s, int64_t n) {
+  void give(const Slice& part, int64_t s, int64_t n) {
     if (y_.projects()) {
       for (int64_t r = 0; r < n; ++r)
         put(y_.m_row(part.direction, r), part.h + r * units(), y_.wh, part.begin, part.end);
@@ -246,14 +233,14 @@ class ForwardTask {
   }
 
   // A step of all parts where rows are normalised: rnn_forward_normalised.h.
-  void step_normalised(int64_t s, Others others);
-  void multiply_and_leave(ForwardPart<A>& part, int64_t s, int64_t n);
-  void normalise_and_step(ForwardPart<A>& part, int64_t s, int64_t n);
-  void join(ForwardPart<A>& part, int which, const SplitRow& m, int64_t rows);
-  void bend(ForwardPart<A>& part, int64_t n);
+  void step_normalised(int64_t s);
+  void multiply_and_leave(Slice& part, int64_t s, int64_t n);
+  void normalise_and_step(Slice& part, int64_t s, int64_t n);
+  void join(Slice& part, int which, const SplitRow& m, int64_t rows);
+  void bend(Slice& part, int64_t n);
 
   // h = W_r m, own panels.
-  void project_state(ForwardPart<A>& part, int64_t s) {
+  void project_state(Slice& part, int64_t s) {
     const int64_t n = active_at(p_, s), d = part.direction, width = units_of<A>(y_.wr);
     const Broadcast<E> m{reinterpret_cast<const E*>(y_.m_row(d, 0)), round_up(p_.hidden, 2) / kPack<E>, 1};
     find_rows(d, s, n);
@@ -266,7 +253,7 @@ class ForwardTask {
     give_state(part, s, n);
   }
 
-  void draw_zoneout(ForwardPart<A>& part, int64_t s, int64_t n) {
+  void draw_zoneout(Slice& part, int64_t s, int64_t n) {
     const int64_t cell = y_.layer * p_.directions + part.direction;
     part.zone_h.draw(p_, RnnDraw::zoneout, p_.zoneout, cell, s, n);
     part.zone_c.draw(p_, RnnDraw::cell_zoneout, p_.cell_zoneout, cell, s, n);
@@ -303,12 +290,12 @@ class ForwardTask {
   }
 
   // h of a step to all who read it.
-  void give_state(const ForwardPart<A>& part, int64_t s, int64_t n) {
+  void give_state(const Slice& part, int64_t s, int64_t n) {
     const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
     const A* h = y_.projects() ? part.r : part.h;
     for (int64_t place = 0; place < n; ++place, h += units_of<A>(state_shape())) {
       auto give = [&](auto* to, const A* factor) {
-        put(to, h, state_shape(), state_begin(part), state_end(part), factor);
+        put(to, h, state_shape(), part.state_begin, part.state_end, factor);
       };
       give(y_.h_row(d, s, place), y_.mask(d, place));
       const int64_t time = time_of(p_, d, s, place);
@@ -318,7 +305,7 @@ class ForwardTask {
         give(static_cast<T*>(p_.hn) + (cell * p_.batch + caller_of(p_, place)) * p_.state, nullptr);
     }
   }
-  void give_cell(const ForwardPart<A>& part, int64_t s, int64_t n) {
+  void give_cell(const Slice& part, int64_t s, int64_t n) {
     const int64_t d = part.direction, cell = y_.layer * p_.directions + d;
     const A* c = part.c;
     for (int64_t place = 0; place < n; ++place, c += units()) {
@@ -331,12 +318,10 @@ class ForwardTask {
 
   const Layer& y_;
   const RnnForward& p_;
-  Team& team_;
-  int count_ = 0;
-  ForwardPart<A> parts_[2 * kMostSlices];
-  Arena arena_;
+  Parts<Slice> parts_;
   const int64_t columns_;  // of a panel
-  O *rows_, *h0_;          // inputs of a stretch, and initial states [direction][batch][state], as operands
+  Arena arena_;
+  O *rows_, *h0_;  // inputs of a stretch, and initial states [direction][batch][state], as operands
   A *sums_, *factor_;
   int64_t* row_;  // of each place at the present step
 };
@@ -360,9 +345,22 @@ void rnn_forward_in(const RnnForward& p) {
   const int64_t gates = gates_of(p.cell);
   static thread_local bool turned;
   turned ^= p.steps == 1;
-  LayerForward<E, T> y{p,       0, nullptr, nullptr, false,  {},      {},  gate_loop_of<A>(p), {}, {}, {}, {},
-                       p.steps, 1, turned,  ring,    m_ring, nullptr, left};
-  while (y.steps && !active_at(p, y.steps - 1)) --y.steps;
+  LayerForward<E, T> y{{p, 0, p.longest},
+                       nullptr,
+                       nullptr,
+                       false,
+                       {},
+                       {},
+                       gate_loop_of<A>(p),
+                       {},
+                       {},
+                       {},
+                       {},
+                       1,
+                       turned,
+                       ring,
+                       m_ring,
+                       left};
   y.stretch = rnn_stretch(p, p.steps);
   for (y.layer = 0; y.layer < p.layers; ++y.layer) {
     const int64_t width = rnn_input_size(p, y.layer);

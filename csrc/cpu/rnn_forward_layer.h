@@ -1,7 +1,6 @@
 // Recurrent layers, forward: what all slices of a layer share, and what each keeps of its part.
 #pragma once
-#include "rnn_normalise.h"
-#include "rnn_team.h"
+#include "rnn_slice.h"
 
 namespace handtuned::HANDTUNED_ISA {
 
@@ -15,12 +14,11 @@ struct DirectionWeights {
 };
 
 template <class E, class T>
-struct LayerForward {
+struct LayerForward : LayerOf<Accumulate<E>, RnnForward> {
   using A = Accumulate<E>;
   using O = Operand<E>;
+  using LayerOf<A, RnnForward>::p;
 
-  const RnnForward& p;
-  int64_t layer;
   const A* input;  // [rows][width] of the layer below, nullptr: the caller's
   A* output;       // [rows][directions * state], nullptr: the caller's alone
   bool last;       // output goes to the caller
@@ -29,20 +27,14 @@ struct LayerForward {
   GateLoop<A> gates;
   PanelShape wx, wh, wr;
   DirectionWeights<A, T> weights[2];
-  int64_t steps;    // in which some row runs
   int64_t stretch;  // steps whose X is made ahead
   bool turned;      // panels are taken from the last to the first in the first step
   O* ring;          // [direction][2][batch][state]: h of the last two steps
   O* m_ring;        // [direction][batch][hidden]: what is to be projected
-  A* masks;         // [direction][batch][pitch] on h for W_h, nullptr: none
   A* left;          // what panels leave of rows that are normalised, of each direction that of x, of h and of c'
 
-  bool projects() const { return p.state != p.hidden; }
   O* h_row(int64_t direction, int64_t step, int64_t place) const {  // h after `step`
     return ring + ((direction * 2 + (step & 1)) * p.batch + place) * round_up(p.state, 2);
-  }
-  const A* mask(int64_t direction, int64_t place) const {
-    return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
   }
   O* m_row(int64_t direction, int64_t place) const {
     return m_ring + (direction * p.batch + place) * round_up(p.hidden, 2);

@@ -6,14 +6,13 @@ namespace handtuned::HANDTUNED_ISA {
 
 // A step of all parts where rows are normalised.
 template <class E, class T>
-void ForwardTask<E, T>::step_normalised(int64_t s, Others others) {
+void ForwardTask<E, T>::step_normalised(int64_t s) {
   const int64_t n = active_at(p_, s);
-  for (int i = 0; i < count_; ++i) multiply_and_leave(parts_[i], s, n);
-  meet(others);
-  for (int i = 0; i < count_; ++i) normalise_and_step(parts_[i], s, n);
-  if (has_cell_state(p_.cell)) meet(others);
-  for (int i = 0; i < count_; ++i) {
-    ForwardPart<A>& part = parts_[i];
+  for (Slice& part : parts_) multiply_and_leave(part, s, n);
+  parts_.meet();
+  for (Slice& part : parts_) normalise_and_step(part, s, n);
+  if (has_cell_state(p_.cell)) parts_.meet();
+  for (Slice& part : parts_) {
     find_rows(part.direction, s, n);
     if (has_cell_state(p_.cell)) bend(part, n);
     give(part, s, n);
@@ -21,11 +20,11 @@ void ForwardTask<E, T>::step_normalised(int64_t s, Others others) {
 }
 
 template <class E, class T>
-void ForwardTask<E, T>::multiply_and_leave(ForwardPart<A>& part, int64_t s, int64_t n) {
+void ForwardTask<E, T>::multiply_and_leave(Slice& part, int64_t s, int64_t n) {
   const int64_t d = part.direction,
                 rows = s % y_.stretch ? 0 : first_row(p_, least(s + y_.stretch, y_.steps)) - first_row(p_, s);
   const Broadcast<E> input = y_.steps == 1 ? take_input(d, 0, 1) : Broadcast<E>{};
-  for (int64_t own = 0; own < part.end - part.begin; ++own) {
+  for (int64_t own = 0; own < part.panels(); ++own) {
     A *sums = part.s + own * p_.batch * columns_, *x = part.x + own * stretch_rows() * columns_;
     multiply_state(part, s, n, own, sums, input);
     leave_moments(y_.left_of(d, 1), gate_rows(), part.begin + own, sums, n, columns_);
@@ -34,8 +33,8 @@ void ForwardTask<E, T>::multiply_and_leave(ForwardPart<A>& part, int64_t s, int6
 }
 
 template <class E, class T>
-void ForwardTask<E, T>::normalise_and_step(ForwardPart<A>& part, int64_t s, int64_t n) {
-  const int64_t d = part.direction, own = part.end - part.begin, state = p_.batch * units();
+void ForwardTask<E, T>::normalise_and_step(Slice& part, int64_t s, int64_t n) {
+  const int64_t d = part.direction, own = part.panels(), state = p_.batch * units();
   const int64_t start = s - s % y_.stretch, before = first_row(p_, s) - first_row(p_, start);
   A* normed = y_.normed[d];
   find_rows(d, s, n);
@@ -62,18 +61,18 @@ void ForwardTask<E, T>::normalise_and_step(ForwardPart<A>& part, int64_t s, int6
 }
 
 template <class E, class T>
-void ForwardTask<E, T>::join(ForwardPart<A>& part, int which, const SplitRow& m, int64_t rows) {
+void ForwardTask<E, T>::join(Slice& part, int which, const SplitRow& m, int64_t rows) {
   join_moments(y_.left_of(part.direction, which), m, rows, part.mean[which], part.rstd[which]);
 }
 
 // h of own panels from o and c'.
 template <class E, class T>
-void ForwardTask<E, T>::bend(ForwardPart<A>& part, int64_t n) {
+void ForwardTask<E, T>::bend(Slice& part, int64_t n) {
   const int64_t d = part.direction;
   join(part, 2, cells(), n);
   if (A* to = moments_to(part))
     keep_moment(p_, 2, n, part.mean[2], to, row_), keep_moment(p_, 3, n, part.rstd[2], to, row_);
-  for (int64_t i = 0; i < part.end - part.begin; ++i)
+  for (int64_t i = 0; i < part.panels(); ++i)
     bend_cells(p_, y_.wh, weights(d).gains, part.begin + i, part.s + i * p_.batch * columns_, n, part.mean[2],
                part.rstd[2], y_.projects() ? Shares<A>{} : part.zone_h, part.h + i * p_.batch * units());
 }

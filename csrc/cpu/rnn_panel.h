@@ -7,9 +7,11 @@
 //   panel[k][unit vector][gate][lane],  of `pair` also [two neighbours along k]
 #pragma once
 #include "../rnn.h"
+#include "math.h"  // before the cells, which call it
+
+#include "../gates.h"
 
 #include "gemm.h"
-#include "gates.h"
 #include "parallel.h"
 #include "philox.h"
 #include "scratch.h"
@@ -70,33 +72,39 @@ HT_INLINE int64_t panel_numbers(const PanelShape& m) {
 template <class E, class T>
 using Weight = std::conditional_t<std::is_same_v<E, pair>, pair, T>;
 
-// C[v] = base[v] + sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; two chains of sums a
-// vector, of even and odd k, keep up with them. Lines are asked for kAhead bytes before: a core's own look-ahead reads
-// a cache that is shared at four fifths of the speed.
+// C[v] = base[v] + sum_k b[k] * panel[k][v] of one row. It waits for the loads of the panel; chains of sums for kChains
+// neighbours along k keep up with them, as many as registers hold. Lines are asked for kAhead bytes before: a core's
+// own look-ahead reads a cache that is shared at four fifths of the speed.
 template <class E, int MV, class W>
 __attribute__((noinline)) void multiply_row(const E* b, const W* panel, int64_t depth, Accumulate<E>* c,
                                             const Accumulate<E>* base) {
   using A = Accumulate<E>;
-  constexpr int L = kLanes<A>, Step = MV * L, kAhead = 1024;
-  vec<A> even[MV], odd[MV];
+  constexpr int L = kLanes<A>, Step = MV * L, kAhead = 2048, kChains = kVectorBytes == 64 ? 4 : 2;
+  vec<A> sum[kChains][MV];
 #pragma GCC unroll 4
-  for (int v = 0; v < MV; ++v) even[v] = odd[v] = vec<A>{};
+  for (int j = 0; j < kChains; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < MV; ++v) sum[j][v] = vec<A>{};
   int64_t k = 0;
-  for (; k + 2 <= depth; k += 2, panel += 2 * Step) {
-    const vec<E> first = broadcast(b[k]), second = broadcast(b[k + 1]);
-#pragma GCC unroll 8
-    for (int at = 0; at < int(2 * Step * sizeof(W)); at += 64)
+  for (; k + kChains <= depth; k += kChains, panel += kChains * Step) {
+#pragma GCC unroll 16
+    for (int at = 0; at < int(kChains * Step * sizeof(W)); at += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(panel) + kAhead + at);
 #pragma GCC unroll 4
-    for (int v = 0; v < MV; ++v) {
-      even[v] = multiply_add(first, load(panel + v * L), even[v]);
-      odd[v] = multiply_add(second, load(panel + Step + v * L), odd[v]);
+    for (int j = 0; j < kChains; ++j) {
+      const vec<E> element = broadcast(b[k + j]);
+#pragma GCC unroll 4
+      for (int v = 0; v < MV; ++v) sum[j][v] = multiply_add(element, load(panel + j * Step + v * L), sum[j][v]);
     }
   }
+  for (; k < depth; ++k, panel += Step)
+#pragma GCC unroll 4
+    for (int v = 0; v < MV; ++v) sum[0][v] = multiply_add(vec<E>(broadcast(b[k])), load(panel + v * L), sum[0][v]);
 #pragma GCC unroll 4
   for (int v = 0; v < MV; ++v) {
-    if (k < depth) even[v] = multiply_add(vec<E>(broadcast(b[k])), load(panel + v * L), even[v]);
-    store(c + v * L, load(base + v * L) + (even[v] + odd[v]));
+    vec<A> all = sum[0][v] + sum[1][v];
+    if constexpr (kChains == 4) all += sum[2][v] + sum[3][v];
+    store(c + v * L, load(base + v * L) + all);
   }
 }
 

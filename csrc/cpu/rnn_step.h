@@ -111,8 +111,11 @@ void back_loop(const BackCall<A, O>& call) {
     for (int64_t v = 0; v < 4 && call.first + v * L < p.hidden; ++v) {
       const int64_t unit = call.first + v * L, n = p.hidden - unit, at = (i * 4 + v) * L;
       vec<A> kept[K], d[S], cell = C::kCell ? load(call.dc + at) : vec<A>{};
-      for (int k = 0; k < K; ++k)
-        kept[k] = load_first(call.keep + call.row[i] * call.keep_row + k * p.hidden + unit, n);
+      for (int k = 0; k < K; ++k) {
+        const A* keep = call.keep + k * p.hidden + unit;
+        __builtin_prefetch(keep + call.row[least(i + 1, call.rows - 1)] * call.keep_row);
+        kept[k] = load_first(keep + call.row[i] * call.keep_row, n);
+      }
       for (int k = 0; k < C::kPeepholes && p.peepholes; ++k) gates.peephole[k] = load(call.peepholes + (k * 4 + v) * L);
       if constexpr (Gates<vec<A>>::kNormalises && C::kCell)
         gates.bent = load(call.bent + at), gates.unbent = load(call.unbent + at);

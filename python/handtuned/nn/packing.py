@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -27,9 +27,10 @@ class _Kept:
     def __init__(self, weights: Sequence[Tensor], make: Callable[..., Tensor]) -> None:
         self.key = _key(weights)
         self.held = [weight.detach() for weight in weights]  # while these live, no other weight has their address
-        self.marks = [(weight, weight.data_ptr(), weight._version) for weight in weights]
         with torch.inference_mode(False), torch.no_grad():  # it may serve calls with gradients later
             self.made = make(*weights)
+        # What csrc/straight.cpp compares.
+        self.marks = (_C.isa(), self.made, tuple((w, w.data_ptr(), w._version) for w in weights))
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
         try:
@@ -88,19 +89,6 @@ def kept(
         return None
     found = _kept.setdefault(module, {})[name] = _Kept(weights, make)
     return found.made
-
-
-def still_kept(module: Any, name: str, weights: Mapping[str, Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """What kept() keeps, if it was made of these very tensors, the first ones of `weights`, all contiguous and of this
-    dtype, and nothing was written since; else None. In a microsecond, for callers who have few."""
-    mine = _kept.get(module)
-    found = None if mine is None else mine.get(name)
-    if found is None or found.key[0] != _C.isa() or len(weights) < len(found.marks) or not module.keep_packed:
-        return None
-    for weight, (held, address, version) in zip(weights.values(), found.marks):  # noqa: B905 (strict= is slow)
-        if weight is not held or held._version != version or held.data_ptr() != address or not held.is_contiguous():
-            return None
-    return found.made if held.dtype == dtype else None
 
 
 def packed_weight(module: torch.nn.Module, name: str, weight: Tensor, input: Tensor) -> Tensor | None:

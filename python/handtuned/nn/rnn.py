@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from .._C import straight_cell, straight_layer
 from ..ops import CELLS, Cell
 from .functional.recurrent import Input, Result, run, run_cell
 from .functional.rnn import pack_rnn_weights
 from .functional.variants import OPTIONS, PLAIN, Variant, variant_of
 from .packing import KeepsPacked, kept
-from .rnn_straight import STACK, run_cell_straight, run_straight
 from .twins import twin
 
 NORMS = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # parameters of layer norms, in this order
@@ -92,15 +93,11 @@ def _packed(module: _Recurrent, weights: list[Tensor], bias: bool, bidirectional
     if variant.weight_dropout > 0 and module.training:  # other weights in each call
         return None, None
     pack = lambda *ws: pack_rnn_weights(variant.mode(mode), ws, bias, bidirectional)  # noqa: E731
-    packed = kept(module, STACK, weights, pack, in_training=True)
+    packed = kept(module, "stack", weights, pack, in_training=True)
     return packed, None if packed is None else module.drop_packed
 
 
 def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
-    if lengths is None:
-        found = run_straight(module, input, hx)
-        if found is not None:
-            return found
     module._update_flat_weights()
     weights = module._flat_weights
     packed, spent = _packed(module, weights, module.bias, module.bidirectional)
@@ -111,9 +108,6 @@ def _run(module: Any, input: Input, hx: Any, lengths: Any) -> Result:
 
 
 def _run_cell(module: Any, input: Tensor, hx: Any) -> Any:
-    found = run_cell_straight(module, input, hx)
-    if found is not None:
-        return found
     weights = [module.weight_ih, module.weight_hh]
     if module.bias_ih is not None:
         weights += [module.bias_ih, module.bias_hh]
@@ -138,7 +132,9 @@ class LSTM(_Recurrent, torch.nn.LSTM):
         self, input: Input, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None
     ) -> Result:
         """(output, (hn, cn)) as torch.nn.LSTM's; lengths as functional.lstm's."""
-        return _run(self, input, hx, lengths)
+        straight = lengths is None and not is_compiling()
+        found = straight_layer(self, self.mode, input, hx) if straight else None
+        return _run(self, input, hx, lengths) if found is None else found
 
 
 @twin
@@ -150,7 +146,9 @@ class GRU(_Recurrent, torch.nn.GRU):
 
     def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> Result:
         """(output, hn) as torch.nn.GRU's; lengths as functional.gru's."""
-        return _run(self, input, hx, lengths)
+        straight = lengths is None and not is_compiling()
+        found = straight_layer(self, self.mode, input, hx) if straight else None
+        return _run(self, input, hx, lengths) if found is None else found
 
 
 @twin
@@ -162,7 +160,9 @@ class RNN(_Recurrent, torch.nn.RNN):
 
     def forward(self, input: Input, hx: Tensor | None = None, *, lengths: Tensor | None = None) -> Result:
         """(output, hn) as torch.nn.RNN's; lengths as functional.rnn's."""
-        return _run(self, input, hx, lengths)
+        straight = lengths is None and not is_compiling()
+        found = straight_layer(self, self.mode, input, hx) if straight else None
+        return _run(self, input, hx, lengths) if found is None else found
 
 
 @twin
@@ -176,8 +176,8 @@ class LSTMCell(_Recurrent, torch.nn.LSTMCell):
         return "LSTM"
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = _run_cell(self, input, hx)
-        return found
+        found: tuple[Tensor, Tensor] | None = None if is_compiling() else straight_cell(self, "LSTM", input, hx)
+        return _run_cell(self, input, hx) if found is None else found
 
 
 @twin
@@ -191,8 +191,8 @@ class GRUCell(_Recurrent, torch.nn.GRUCell):
         return "GRU"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        found: Tensor = _run_cell(self, input, hx)
-        return found
+        found: Tensor | None = None if is_compiling() else straight_cell(self, self._mode(), input, hx)
+        return _run_cell(self, input, hx) if found is None else found
 
 
 @twin
@@ -206,5 +206,5 @@ class RNNCell(_Recurrent, torch.nn.RNNCell):
         return f"RNN_{self.nonlinearity.upper()}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        found: Tensor = _run_cell(self, input, hx)
-        return found
+        found: Tensor | None = None if is_compiling() else straight_cell(self, self._mode(), input, hx)
+        return _run_cell(self, input, hx) if found is None else found

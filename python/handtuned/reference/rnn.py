@@ -24,132 +24,25 @@ al. 2016 (arXiv:1607.06450, equations 20 to 22, layer norms; the GRU's and RNN's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import hardtanh, layer_norm, linear
 
-from ..ops.cells import CELLS, RATES, Cell
-from .norm import _wide, dropout_factor
+from ..ops.cells import CELLS, RATES
+from .norm import _wide
+from .rnn_cells import STEPS, Direction, Noise, State, mask, share, zone
 
 HEADER_BYTES = 64
-EPSILON = 1e-5
-State = tuple[Tensor, Tensor | None]  # h, and c of the LSTM
 Rates = Sequence[float] | None
-Step = Callable[[Tensor, Tensor, "Direction", State], State]
-
-
-@dataclass
-class Direction:
-    """The wide weights of one layer and direction."""
-
-    cell: Cell
-    w_ih: Tensor
-    w_hh: Tensor
-    b_ih: Tensor | None = None
-    b_hh: Tensor | None = None
-    w_hr: Tensor | None = None
-    peepholes: Tensor | None = None
-    gains: tuple[Tensor, ...] = ()  # of layer norms: of W_ih x, of W_hh h; of c', bias of c'
-
-    def from_input(self, x: Tensor) -> Tensor:
-        return self._normed(x, self.w_ih, self.b_ih, 0)
-
-    def from_state(self, h: Tensor) -> Tensor:
-        return self._normed(h, self.w_hh, self.b_hh, 1)
-
-    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor | None, which: int) -> Tensor:
-        if not self.gains:
-            return linear(x, weight, bias)
-        return layer_norm(linear(x, weight), weight.shape[:1], self.gains[which], bias, EPSILON)
-
-    def bend(self, c: Tensor) -> Tensor:
-        if self.gains:
-            c = layer_norm(c, c.shape[-1:], self.gains[2], self.gains[3] if len(self.gains) == 4 else None, EPSILON)
-        return self.tanh(c)
-
-    def sigmoid(self, x: Tensor) -> Tensor:
-        return (x + 3).clamp(0, 6) / 6 if self.cell.hardsigmoid else x.sigmoid()
-
-    def tanh(self, x: Tensor) -> Tensor:
-        return hardtanh(x) if self.cell.hardtanh else x.tanh()
-
-    def peep(self, gate: int, c: Tensor) -> Tensor | float:
-        return 0.0 if self.peepholes is None else self.peepholes.chunk(self.cell.peephole_gates)[gate] * c
-
-
-# ---- a step: gates' pre-activations from below, from the state -------------------------------------------------------
-
-
-def _lstm(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    c = state[1]
-    assert c is not None
-    i, *f, g, o = (from_input + from_state).chunk(w.cell.gates, -1)
-    i = w.sigmoid(i + w.peep(0, c))
-    c = (w.sigmoid(f[0] + w.peep(1, c)) if f else 1 - i) * c + i * w.tanh(g)
-    h = w.sigmoid(o + w.peep(-1, c)) * w.bend(c)
-    return (h if w.w_hr is None else linear(h, w.w_hr)), c
-
-
-def _gru(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    (ri, zi, ni), (rh, zh, nh) = from_input.chunk(3, -1), from_state.chunk(3, -1)
-    z = w.sigmoid(zi + zh)
-    n = w.tanh(ni + w.sigmoid(ri + rh) * nh)
-    return (1 - z) * n + z * state[0], None
-
-
-def _tanh(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    return w.tanh(from_input + from_state), None
-
-
-def _relu(from_input: Tensor, from_state: Tensor, w: Direction, state: State) -> State:
-    return (from_input + from_state).relu(), None
-
-
-STEPS: dict[str, Step] = {"LSTM": _lstm, "GRU": _gru, "RNN_TANH": _tanh, "RNN_RELU": _relu}
-
-
-# ---- what is drawn at random (csrc/cpu/rnn_noise.h) ------------------------------------------------------------------
-
-KINDS = ("dropout", *RATES)
-
-
-def _mask(kind: str, shape: Sequence[int], p: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Factors of the dropout of a kind, or None where there is none."""
-    if p == 0:
-        return None
-    assert seed is not None
-    return dropout_factor(torch.Size(shape), 1, p, seed, dtype, KINDS.index(kind) << 48)
-
-
-def _share(kind: str, shape: Sequence[int], p: float, seed: Tensor | None, like: Tensor) -> Tensor | None:
-    """The share of the new state under zoneout, or None where it is all."""
-    if seed is None:
-        return None if p == 0 else like.new_tensor(1 - p).expand(*shape)
-    factor = _mask(kind, shape, p, seed, like.dtype)
-    return None if factor is None else (factor != 0).to(like.dtype)
-
-
-def _zone(share: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if share is None else share * new + (1 - share) * old
-
-
-@dataclass
-class _Noise:
-    """Of one layer and direction; shares are [T, B, width], the mask of states is [B, width]."""
-
-    share_h: Tensor | None
-    share_c: Tensor | None
-    states: Tensor | None
 
 
 # ---- a sequence ------------------------------------------------------------------------------------------------------
 
 
 def _run(
-    x: Tensor, running: Tensor | None, w: Direction, state: State, noise: _Noise, reverse: bool
+    x: Tensor, running: Tensor | None, w: Direction, state: State, noise: Noise, reverse: bool
 ) -> tuple[Tensor, Tensor | None, State]:
     """One direction over x [T, B, width]; running [T, B, 1] is where a row has a step. h and c there, else 0."""
     from_inputs = w.from_input(x)
@@ -159,9 +52,9 @@ def _run(
     for t in reversed(steps) if reverse else steps:
         seen = state[0] if noise.states is None else state[0] * noise.states
         h, c = STEPS[w.cell.name](from_inputs[t], w.from_state(seen), w, state)
-        h = _zone(None if noise.share_h is None else noise.share_h[t], h, state[0])
+        h = zone(None if noise.share_h is None else noise.share_h[t], h, state[0])
         if c is not None and state[1] is not None:
-            c = _zone(None if noise.share_c is None else noise.share_c[t], c, state[1])
+            c = zone(None if noise.share_c is None else noise.share_c[t], c, state[1])
         if running is None:
             state = h, c
             outputs.append(h)
@@ -220,7 +113,7 @@ def recur(
     steps, batch, directions = x.shape[0], x.shape[1], 2 if bidirectional else 1
     running = None
     if lengths is not None:
-        running = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
+        running = (torch.arange(steps, device=x.device)[:, None] < lengths.to(x.device))[..., None]
         x = torch.where(running, x, 0.0)  # what stands in the padding reaches nothing, gradients included
     stack = _directions(weights, mode, bias)
     hidden, width = weights[1].shape[0] // cell.gates, weights[1].shape[1]
@@ -235,12 +128,12 @@ def recur(
 
     lead = input.shape[:-1]
     drop = each(
-        _mask("dropout", (layers - 1, *lead, directions * width), dropout_p if layers > 1 else 0.0, seed, x.dtype)
+        mask("dropout", (layers - 1, *lead, directions * width), dropout_p if layers > 1 else 0.0, seed, x.dtype)
     )
-    shares_h = each(_share("zoneout", (count, *lead, width), zoneout, seed, x))
-    shares_c = each(_share("cell_zoneout", (count, *lead, hidden), cell_zoneout, seed, x))
-    states = _mask("recurrent_dropout", (count, batch, width), state_dropout, seed, x.dtype)
-    dropped = _mask("weight_dropout", (count, cell.gates * hidden, width), weight_dropout, seed, x.dtype)
+    shares_h = each(share("zoneout", (count, *lead, width), zoneout, seed, x))
+    shares_c = each(share("cell_zoneout", (count, *lead, hidden), cell_zoneout, seed, x))
+    states = mask("recurrent_dropout", (count, batch, width), state_dropout, seed, x.dtype)
+    dropped = mask("weight_dropout", (count, cell.gates * hidden, width), weight_dropout, seed, x.dtype)
     h_first = x.new_zeros(count, batch, width) if h0 is None else _wide(h0)
     c_first = None
     if cell.is_lstm:
@@ -254,7 +147,7 @@ def recur(
         for d in range(directions):
             k = layer * directions + d
             w = stack[k] if dropped is None else replace(stack[k], w_hh=stack[k].w_hh * dropped[k])
-            noise = _Noise(shares_h[k], shares_c[k], None if states is None else states[k])
+            noise = Noise(shares_h[k], shares_c[k], None if states is None else states[k])
             first = (h_first[k], None if c_first is None else c_first[k])
             y, c, state = _run(x, running, w, first, noise, reverse=d == 1)
             outputs.append(y)
@@ -304,7 +197,7 @@ def rnn_pack(
 
     packed = weights[0].new_zeros(ops.packed_bytes(weights, mode, bidirectional, bias), dtype=torch.uint8)
     offset, stack = HEADER_BYTES, _directions(weights, mode, bias)
-    dropped = _mask("weight_dropout", (len(stack), *stack[0].w_hh.shape), weight_dropout, seed, stack[0].w_hh.dtype)
+    dropped = mask("weight_dropout", (len(stack), *stack[0].w_hh.shape), weight_dropout, seed, stack[0].w_hh.dtype)
     for k, w in enumerate(stack):
         rows, w_hh = w.w_ih.shape[0], w.w_hh if dropped is None else w.w_hh * dropped[k]
         biases = [w.w_ih.new_zeros(rows) if b is None else b for b in (w.b_ih, w.b_hh)]
