@@ -27,8 +27,9 @@ def compiled_forms(launch: str, names: tuple[str, ...], cases: list[Form]) -> Co
 
 
 def check_budgets(compiled: Compiled, sampled: list[Form], budgets_file: Path) -> None:
-    """No spills where operands have 16 bits, an architecture's limits; of what is sampled also registers by the 8 in which hardware hands them out,
-    shared memory and instructions. After a wanted change: HANDTUNED_WRITE_BUDGETS=1 pytest -k budgets."""
+    """No spills where operands have 16 bits, an architecture's limits; of what is sampled also registers, by the 8 in
+    which hardware hands them out, shared memory and instructions. After a wanted change: HANDTUNED_WRITE_BUDGETS=1
+    pytest -k budgets."""
     found: dict[str, dict[str, list[int]]] = {}
     always = {(" ".join(map(str, case)), arch) for *case, archs in sampled for arch in archs}
     wrong = []
