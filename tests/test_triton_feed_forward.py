@@ -1,5 +1,6 @@
 """Linear layers with their epilogues, rotary embedding and linear cross-entropy in Triton, in the interpreter: the CPU
-kernels' cases held to the contract, with guard bands around every buffer. Budgets: test_triton_rnn_budgets.py."""
+kernels' cases held to the contract, with guard bands around every buffer. Budgets:
+test_triton_feed_forward_budgets.py."""
 
 from __future__ import annotations
 
