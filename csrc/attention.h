@@ -28,6 +28,13 @@ struct AttentionMask {
   int64_t batches = 1, heads = 1, rows = 1, keys = 1;  // sizes
 };
 
+// Numbers in device memory as the caller stored them: CUDA kernels read them in place, so that no launch waits.
+enum class NumberType : int8_t { i32, i64, f32, f64, bf16, f16 };
+struct Numbers {
+  const void* data = nullptr;  // nullptr: not given
+  NumberType type{};
+};
+
 struct Attention {
   DType dtype;
   int64_t batch, heads, kv_heads, width, value_width;
@@ -39,18 +46,24 @@ struct Attention {
   const int64_t* key_starts;    // [batch + 1] or nullptr
   const int64_t* key_lengths;   // [batch] or nullptr
   const int32_t* pages;         // [batch, max_pages] or nullptr: key.batch is then the stride of a page
-  int64_t max_pages, page_size;
+  int64_t max_pages, page_size, page_count;
   const double* slopes;  // [batch, heads] or nullptr
   const double* sinks;   // [heads] or nullptr
   double scale, softcap;
   bool bottom_right;
   int64_t window_left, window_right;  // -1: unbounded
   Dropout dropout;
+  // CUDA: instead of the pointers of the same names above. Then query_rows and key_rows of packed tensors are all rows.
+  struct {
+    Numbers query_starts, key_starts, key_lengths, pages, slopes, sinks;
+    bool slopes_of_batch;  // [batch, heads], else [heads]
+  } device;
 };
 
 struct AttentionForward : Attention {
   AttentionTensor output;  // dtype [batch, heads, query_rows, value_width]
   void* lse;               // f32 (f64 for f64) [batch, heads, query_rows], packed [heads, total_rows]
+  void* partials;          // CUDA: scratch of cuda/attention_plan.h, like lse, or nullptr
 };
 
 struct AttentionBackward : Attention {
@@ -60,6 +73,8 @@ struct AttentionBackward : Attention {
   AttentionTensor grad_query, grad_key, grad_value;  // like query, key, value; data nullptr: not wanted
   void* grad_mask;                                   // contiguous, mask's dtype, or nullptr
   double* grad_sinks;                                // [heads] or nullptr
+  void* device_grad_sinks;                           // CUDA: of the type of device.sinks
+  void* delta;                                       // CUDA: scratch like lse
 };
 
 // ---- where things are -------------------------------------------------------------------------------------------

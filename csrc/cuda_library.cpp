@@ -48,6 +48,8 @@ void load_cuda(const std::string& path) {
   static auto* registered = [] {
     auto* library = new StableLibrary(StableLibrary::Kind::IMPL, "handtuned", "CUDA", __FILE__, __LINE__);
     register_norm(*library);
+    register_attention(*library);
+    register_rnn(*library);
     return library;  // for the life of the process
   }();
   (void)registered;

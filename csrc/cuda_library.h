@@ -37,7 +37,9 @@ void launch(const char* op, const Place& place, int (*launcher)(const Params&, i
   check_launch(op, place, launcher(params, place.device.index, current_stream(op, place)));
 }
 
-// Registers the norm family's ops for one dispatch key's library (norm.cpp).
+// Register a family's ops for one dispatch key's library (norm.cpp, attention.cpp, rnn.cpp).
 void register_norm(torch::stable::detail::StableLibrary& library);
+void register_attention(torch::stable::detail::StableLibrary& library);
+void register_rnn(torch::stable::detail::StableLibrary& library);
 
 }  // namespace handtuned

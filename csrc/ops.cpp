@@ -126,9 +126,10 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
   //                  W_hh h, [gates * hidden] each, and of the LSTM the gain [hidden] of its c' and, if bias, the bias
   //   rates          zoneout, cell_zoneout, recurrent_dropout, weight_dropout; None for zeros. Without a seed zoneout's
   //                  expectation is taken, and the others must be 0. rnn leaves weight_dropout to rnn_pack
-  //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use
+  //   packed         what rnn_pack made of them: bytes in the layout of the instruction set in use, or of CUDA
   //   input          [T, B, I] at any strides, or packed [rows, I] beside lengths: step by step, as in PackedSequence
-  //   lengths        [B] int64, in any order, 0 to T; beside packed input falling (as PackedSequence is sorted)
+  //   lengths        [B] int64 on the CPU, in any order, 0 to T; beside packed input falling (as PackedSequence is
+  //                  sorted)
   //   h0, c0         [layers * directions, B, R] and [.., H]; None for zeros. R is proj_size, or hidden_size if that
   //                  is 0
   //   output         [T, B, directions * R], rows of a batch together where they are in input; packed [rows, ..].

@@ -1,5 +1,5 @@
 // Recurrent family, the skin: check the arguments (rnn_arguments.h), allocate the outputs, fill the Params, call the
-// table.
+// table, the CPU's or the CUDA library's.
 #include "rnn.h"
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 
 #include "boxing.h"
 #include "cpu/dispatch.h"
+#include "cuda/rnn_plan.h"
+#include "cuda_library.h"
 #include "rnn_arguments.h"
 #include "tensor.h"
 
@@ -29,29 +31,35 @@ Tensor rnn_pack(const Tensors& weights, const std::string& mode, bool bidirectio
   Holders h;
   p.dtype = dtype_of(op, "weights[0]", weights[0]);
   p.directions = 1 + bidirectional;
-  take_mode(op, p, mode);
+  h.place = place_of(op, weights[0]);
+  take_mode(op, p, mode, h.place);
   take_weights(op, p, h, weights, bias, weights[0], "weights[0]");
-  p.weight_dropout = dropout_of(op, weight_dropout, seed, {}, "weight_dropout");
-  Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte);
+  p.weight_dropout = dropout_of(op, weight_dropout, seed, h.device(), "weight_dropout");
+  Tensor packed = empty({rnn_packed_bytes(p)}, ScalarType::Byte, h.device());
+  p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
+  if (h.place.cuda) {
+    launch(op, h.place, h.place.cuda->rnn_pack, p);
+    return packed;
+  }
   const RnnHeader header = header_of(p);
   // What fills up columns is 0, so that equal calls give equal bytes.
   const bool fills_up = p.hidden % 64 || p.state % 64;
   std::memset(packed.data_ptr(), 0, fills_up ? packed.numel() : kRnnHeaderBytes);
   std::memcpy(packed.data_ptr(), &header, sizeof header);
-  p.weights = h.weight_data.data(), p.bias = bias, p.packed_weights = packed.data_ptr();
   kernels().rnn_pack(p);
   return packed;
 }
 
-void take_packed(const char* op, RnnForward& p, const Tensor& packed) {
-  check_device(op, "packed", packed);
+// CUDA's packed weights have no header: to read it would be to wait for the device.
+void take_packed(const char* op, RnnForward& p, const Tensor& packed, Place place) {
+  check_device(op, "packed", packed, place.device);
   const int64_t bytes = rnn_packed_bytes(p);
   HT_CHECK(packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 && packed.numel() == bytes &&
                packed.is_contiguous(),
            op, "packed is ", to_string(packed.scalar_type()), " of shape ", to_string(packed.sizes()),
            ", expected uint8 of shape [", bytes, "]; pass what rnn_pack made of this stack's weights");
   const RnnHeader header = header_of(p);
-  HT_CHECK(std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
+  HT_CHECK(place.cuda || std::memcmp(packed.data_ptr(), &header, sizeof header) == 0, op,
            "packed was made for another layer or another instruction set than ", kernels().isa,
            "; pass what rnn_pack makes of this stack's weights now");
   p.packed_weights = packed.data_ptr();
@@ -63,16 +71,19 @@ void take_forward(const char* op, RnnForward& p, Holders& h, const Tensor& input
                   int64_t hidden_size, int64_t proj_size, int64_t num_layers, bool bidirectional) {
   p.dtype = dtype_of(op, "input", input);
   p.directions = 1 + bidirectional;
-  take_mode(op, p, mode);
+  h.place = place_of(op, input);
+  take_mode(op, p, mode, h.place);
   take_sizes(op, p, hidden_size, proj_size, num_layers);
   take_input(op, p, h, mode, input, lengths, h0, c0);
-  take_packed(op, p, packed);
+  take_packed(op, p, packed, h.place);
   p.input = operand(input, h.input);
 }
 
 // hn, and cn if there is a cell state, of these shapes.
-std::tuple<Tensor, Tensor> final_states(RnnForward& p, Shape h, Shape c, ScalarType dtype) {
-  Tensor hn = empty(h, dtype), cn = empty_if(has_cell_state(p.cell), c, dtype);
+std::tuple<Tensor, Tensor> final_states(RnnForward& p, Shape h, Shape c, const Tensor& like) {
+  const ScalarType dtype = like.scalar_type();
+  const Device device = like.device();
+  Tensor hn = empty(h, dtype, device), cn = empty_if(has_cell_state(p.cell), c, dtype, device);
   p.hn = hn.data_ptr(), p.cn = cn.data_ptr();
   return {std::move(hn), std::move(cn)};
 }
@@ -93,8 +104,14 @@ void clear_rest_of_saved(const RnnForward& p) {
 }
 
 // The scratch of a small step lies on the stack.
-void run(RnnForward& p) {
+void run(const char* op, RnnForward& p, Place place) {
   if (p.batch == 0) return;
+  if (place.cuda) {
+    const Tensor scratch = empty({cuda::forward_scratch(p, p.saved).bytes}, ScalarType::Byte, place.device);
+    p.scratch = scratch.data_ptr();
+    return launch(op, place, place.cuda->rnn_forward, p);
+  }
+  clear_rest_of_saved(p);
   constexpr int64_t kSmall = 16384;
   alignas(64) char small[kSmall];
   const int64_t bytes = rnn_scratch_bytes(p, p.saved);
@@ -114,20 +131,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rnn(const Tensor& input, cons
   RnnForward p{};
   Holders h;
   take_forward(op, p, h, input, lengths, h0, c0, packed, mode, hidden_size, proj_size, num_layers, bidirectional);
-  take_rates(op, p, mode, dropout_p, rates, seed);
+  take_rates(op, p, mode, dropout_p, rates, seed, h.device());
   HT_CHECK(has_cell_state(p.cell) || !need_cells, op, "need_cells is given but mode is ", mode,
            "; only the LSTM has a cell state");
   const ScalarType dtype = input.scalar_type();
   const int64_t cells = p.layers * p.directions, saved_numbers = need_saved ? p.layers * rnn_saved_of_layer(p) : 0;
-  Tensor output = mirror(input, p.directions * p.state), saved = empty({saved_numbers}, wide(input));
-  Tensor cell_states = need_cells ? mirror(input, p.directions * p.hidden) : empty({0}, dtype);
-  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, dtype);
+  Tensor output = mirror(input, p.directions * p.state), saved = empty({saved_numbers}, wide(input), h.device());
+  Tensor cell_states = need_cells ? mirror(input, p.directions * p.hidden) : empty({0}, dtype, h.device());
+  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, input);
   OptionalTensor unused;
   p.output = operand(output, unused);
   if (need_cells) p.cells = operand(cell_states, unused);
   p.saved = saved_numbers ? saved.data_ptr() : nullptr;
-  clear_rest_of_saved(p);
-  run(p);
+  run(op, p, h.place);
   return {std::move(output), std::move(hn), std::move(cn), std::move(cell_states), std::move(saved)};
 }
 
@@ -135,16 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> rnn_inference(const Tensor& input, const Opti
                                                  const OptionalTensor& h0, const OptionalTensor& c0,
                                                  const Tensor& packed, const std::string& mode, int64_t hidden_size,
                                                  int64_t proj_size, int64_t num_layers, bool bidirectional) {
+  const char* op = "rnn_inference";
   RnnForward p{};
   Holders h;
-  take_forward("rnn_inference", p, h, input, lengths, h0, c0, packed, mode, hidden_size, proj_size, num_layers,
-               bidirectional);
+  take_forward(op, p, h, input, lengths, h0, c0, packed, mode, hidden_size, proj_size, num_layers, bidirectional);
   Tensor output = mirror(input, p.directions * p.state);
   const int64_t cells = p.layers * p.directions;
-  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, input.scalar_type());
+  auto [hn, cn] = final_states(p, {cells, p.batch, p.state}, {cells, p.batch, p.hidden}, input);
   OptionalTensor unused;
   p.output = operand(output, unused);
-  run(p);
+  run(op, p, h.place);
   return {std::move(output), std::move(hn), std::move(cn)};
 }
 
@@ -154,22 +170,23 @@ std::tuple<Tensor, Tensor> rnn_cell(const Tensor& input, const OptionalTensor& h
   RnnForward p{};
   Holders h;
   p.dtype = dtype_of(op, "input", input);
-  p.directions = p.steps = 1;
-  take_mode(op, p, mode);
+  p.directions = p.steps = p.longest = 1;
+  h.place = place_of(op, input);
+  take_mode(op, p, mode, h.place);
   take_sizes(op, p, hidden_size, 0, 1);
   const Shape s = input.sizes();
   HT_CHECK(s.size() == 2, op, "input has shape ", to_string(s), ", expected [batch, width]; unsqueeze or reshape it");
-  p.batch = p.rows = s[0], p.input_size = s[1];
+  p.batch = p.rows = p.used = s[0], p.input_size = s[1];
   const int64_t sizes[2] = {p.batch, p.hidden};
   const Shape state(sizes, 2);
   const char* remedy = "the state of each row";
-  p.h0 = state_data(op, "h0", state, h0, input.scalar_type(), h.h0, remedy);
+  p.h0 = state_data(op, "h0", state, h0, input.scalar_type(), h.h0, remedy, h.device());
   check_cell_state(op, p, mode, c0);
-  p.c0 = state_data(op, "c0", state, c0, input.scalar_type(), h.c0, remedy);
-  take_packed(op, p, packed);
+  p.c0 = state_data(op, "c0", state, c0, input.scalar_type(), h.c0, remedy, h.device());
+  take_packed(op, p, packed, h.place);
   p.input = operand(input, h.input);
-  auto states = final_states(p, state, state, input.scalar_type());
-  run(p);
+  auto states = final_states(p, state, state, input);
+  run(op, p, h.place);
   return states;
 }
 
@@ -184,11 +201,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
   Holders h;
   p.dtype = dtype_of(op, "input", input);
   p.directions = 1 + bidirectional;
-  take_mode(op, p, mode);
+  h.place = place_of(op, input);
+  take_mode(op, p, mode, h.place);
   HT_CHECK(!weights.empty(), op, "weights is empty, the least is one layer; pass torch's flat weights");
   take_weights(op, p, h, weights, bias, input, "input");
   take_input(op, p, h, mode, input, lengths, h0, c0);
-  take_rates(op, p, mode, dropout_p, rates, seed);
+  take_rates(op, p, mode, dropout_p, rates, seed, h.device());
   const char* remedy = "what the forward returned, with need_saved";
   const ScalarType dtype = input.scalar_type();
   auto take_rows = [&](const char* name, const OptionalTensor& given, int64_t width, OptionalTensor& holder) {
@@ -196,30 +214,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
     int64_t sizes[3];
     std::copy_n(input.sizes().data(), input.dim(), sizes);
     sizes[input.dim() - 1] = p.directions * width;
-    check_like(op, name, *given, Shape(sizes, input.dim()), dtype, remedy);
+    check_like(op, name, *given, Shape(sizes, input.dim()), dtype, remedy, h.device());
     return operand(*given, holder);
   };
   p.grad_output = take_rows("grad_output", grad_output, p.state, h.grad_output);
   p.grad_cells = take_rows("grad_cells", grad_cells, p.hidden, h.grad_cells);
-  p.grad_hn = state_data(op, "grad_hn", p, grad_hn, p.state, dtype, h.grad_hn, remedy);
-  p.grad_cn = state_data(op, "grad_cn", p, grad_cn, p.hidden, dtype, h.grad_cn, remedy);
+  p.grad_hn = state_data(op, "grad_hn", p, grad_hn, p.state, dtype, h.grad_hn, remedy, h.device());
+  p.grad_cn = state_data(op, "grad_cn", p, grad_cn, p.hidden, dtype, h.grad_cn, remedy, h.device());
   const int64_t saved_numbers = p.layers * rnn_saved_of_layer(p);
-  check_like(op, "saved", saved, Shape(&saved_numbers, 1), wide(input), remedy);
+  check_like(op, "saved", saved, Shape(&saved_numbers, 1), wide(input), remedy, h.device());
   HT_CHECK(saved.is_contiguous(), op, "saved is not contiguous; pass ", remedy);
 
   const int64_t cells = p.layers * p.directions;
   int64_t numbers = 0;
   for (const Tensor& weight : weights) numbers += weight.numel();
-  Tensor grad_input = need_input ? mirror(input, p.input_size) : empty({0}, dtype);
-  Tensor grad_h0 = need_h0 ? empty({cells, p.batch, p.state}, dtype) : empty({0}, dtype);
-  Tensor grad_c0 = need_c0 ? empty({cells, p.batch, p.hidden}, dtype) : empty({0}, dtype);
-  Tensor grad_weights = empty({need_weights ? numbers : 0}, dtype);
+  Tensor grad_input = need_input ? mirror(input, p.input_size) : empty({0}, dtype, h.device());
+  Tensor grad_h0 = empty_if(need_h0, {cells, p.batch, p.state}, dtype, h.device());
+  Tensor grad_c0 = empty_if(need_c0, {cells, p.batch, p.hidden}, dtype, h.device());
+  Tensor grad_weights = empty_if(need_weights, {numbers}, dtype, h.device());
   if (p.batch == 0) {
-    zero(grad_weights);
+    fill(grad_weights, 0);
     return {std::move(grad_input), std::move(grad_h0), std::move(grad_c0), std::move(grad_weights)};
   }
   OptionalTensor unused;
-  const Tensor scratch = empty({rnn_backward_scratch(p).bytes}, ScalarType::Byte);
+  const int64_t scratch_bytes = h.place.cuda ? cuda::backward_scratch(p).bytes : rnn_backward_scratch(p).bytes;
+  const Tensor scratch = empty({scratch_bytes}, ScalarType::Byte, h.device());
   std::vector<void*> grads;
   char* next = static_cast<char*>(grad_weights.data_ptr());
   for (size_t i = 0; need_weights && i < weights.size(); ++i) {
@@ -234,18 +253,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rnn_backward(
   p.grad_c0 = need_c0 ? grad_c0.data_ptr() : nullptr;
   p.grad_weights = need_weights ? grads.data() : nullptr;
   p.scratch = scratch.data_ptr();
-  kernels().rnn_backward(p);
+  if (h.place.cuda) {
+    launch(op, h.place, h.place.cuda->rnn_backward, p);
+  } else {
+    kernels().rnn_backward(p);
+  }
   return {std::move(grad_input), std::move(grad_h0), std::move(grad_c0), std::move(grad_weights)};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) {
+void register_rnn(torch::stable::detail::StableLibrary& m) {
   m.impl("rnn_pack", HT_BOX(rnn_pack));
   m.impl("rnn", HT_BOX(rnn));
   m.impl("rnn_inference", HT_BOX(rnn_inference));
   m.impl("rnn_cell", HT_BOX(rnn_cell));
   m.impl("rnn_backward", HT_BOX(rnn_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(handtuned, CPU, m) { register_rnn(m); }
 
 }  // namespace handtuned

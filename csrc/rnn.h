@@ -48,6 +48,7 @@ struct Rnn {
   int64_t layers, directions;
   bool packed;             // input and output are packed rows
   int64_t rows;            // of a layer: steps * batch, or all packed rows; saved has room for as many
+  int64_t longest, used;   // steps in which some row runs, and rows that exist
   const int64_t* order;    // [batch], nullptr: as given
   const int64_t* active;   // [steps] places longer than a step's number, nullptr: all
   const int64_t* first;    // [steps + 1] running sum of active: the row of place 0 at a time; nullptr: time * batch

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_library.h"
 #include "rnn.h"
 #include "tensor.h"
 
@@ -14,24 +15,30 @@ namespace handtuned::rnn_arguments {
 
 using Tensors = std::vector<Tensor>;
 
-// What the Params point to and no argument owns.
+// What the Params point to and no argument owns; where all of it is.
 struct Holders {
+  Place place;
   OptionalTensor input, grad_output, grad_cells, h0, c0, grad_hn, grad_cn;
   Tensors weights;
   std::vector<const void*> weight_data;
   std::vector<int64_t> order, active, first, lengths;
+  OptionalTensor uploaded;  // those four, for CUDA
+
+  Device device() const { return place.device; }
 };
 
 inline ScalarType wide(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline void check_device(const char* op, const std::string& name, const Tensor& tensor, const char* main = "input") {
-  HT_CHECK(tensor.is_cpu(), op, name, " is not on the CPU, ", main, " is; move it with .to(", main, ".device)");
+inline void check_device(const char* op, const std::string& name, const Tensor& tensor, Device device,
+                         const char* main = "input") {
+  HT_CHECK(tensor.device() == device, op, name, " is on ", to_string(tensor.device()), ", ", main, " is on ",
+           to_string(device), "; move it with .to(", main, ".device)");
 }
 
 // A cell's name as torch's, then words for what differs in it.
-inline void take_mode(const char* op, Rnn& p, const std::string& mode) {
+inline void take_mode(const char* op, Rnn& p, const std::string& mode, Place place) {
   constexpr const char* kNames[] = {"LSTM", "GRU", "RNN_TANH", "RNN_RELU"};
   size_t at = std::min(mode.find(' '), mode.size());
   const auto* name = std::find(kNames, kNames + 4, mode.substr(0, at));
@@ -53,13 +60,17 @@ inline void take_mode(const char* op, Rnn& p, const std::string& mode) {
       name != kNames + 4 && at == mode.size(), op, "mode is '", mode,
       "', allowed are LSTM, GRU, RNN_TANH and RNN_RELU, and then, after a space each and in this order, coupled and "
       "peepholes (LSTM), hardsigmoid (LSTM and GRU), hardtanh (all but RNN_RELU) and layernorm");
+  HT_CHECK(
+      !place.cuda || !p.layer_norm, op, "mode is '", mode,
+      "', and the CUDA kernels do not normalise gates; use handtuned.backend('reference') or move the input to the "
+      "CPU");
 }
 
 using Rates = std::optional<std::vector<double>>;
 
 inline void take_rates(const char* op, Rnn& p, const std::string& mode, double dropout_p, const Rates& rates,
-                       const OptionalTensor& seed) {
-  p.dropout = dropout_of(op, dropout_p, seed);
+                       const OptionalTensor& seed, Device device) {
+  p.dropout = dropout_of(op, dropout_p, seed, device);
   if (!rates) return;
   HT_CHECK(rates->size() == 4, op, "rates has ", rates->size(),
            " numbers, expected 4; pass zoneout, cell_zoneout, recurrent_dropout and weight_dropout");
@@ -72,7 +83,7 @@ inline void take_rates(const char* op, Rnn& p, const std::string& mode, double d
       check_rate(op, kNames[i], rate);
       to[i]->p = rate;
     } else {
-      *to[i] = dropout_of(op, rate, seed, {}, kNames[i]);
+      *to[i] = dropout_of(op, rate, seed, device, kNames[i]);
     }
   }
   HT_CHECK(p.cell_zoneout.p == 0 || has_cell_state(p.cell), op, "cell_zoneout is ", p.cell_zoneout.p, " but mode is ",
@@ -118,7 +129,7 @@ inline void take_weights(const char* op, Rnn& p, Holders& h, const Tensors& weig
                                                            : place == 1 ? p.state
                                                                         : p.hidden};
     const Shape expected = vector ? Shape(&vector, 1) : Shape(matrix, 2);
-    check_device(op, name, weights[i], main_name);
+    check_device(op, name, weights[i], h.device(), main_name);
     HT_CHECK(equal(weights[i].sizes(), expected), op, name, " has shape ", to_string(weights[i].sizes()), ", expected ",
              to_string(expected), "; pass torch's flat weights");
     HT_CHECK(weights[i].scalar_type() == main.scalar_type(), op, name, " is ", to_string(weights[i].scalar_type()),
@@ -128,9 +139,25 @@ inline void take_weights(const char* op, Rnn& p, Holders& h, const Tensors& weig
   }
 }
 
+// What lengths say, where CUDA kernels find it.
+inline void upload_lengths(const char* op, Rnn& p, Holders& h) {
+  std::vector<int64_t> all;
+  const int64_t** const to[] = {&p.order, &p.lengths, &p.active, &p.first};
+  size_t at[4], i = 0;
+  for (const auto* numbers : {&h.order, &h.lengths, &h.active, &h.first}) {
+    at[i++] = all.size();
+    all.insert(all.end(), numbers->begin(), numbers->end());
+  }
+  h.uploaded = empty({int64_t(all.size())}, ScalarType::Long, h.device());
+  const auto* data = static_cast<const int64_t*>(h.uploaded->data_ptr());
+  for (i = 0; i < 4; ++i) *to[i] = data + at[i];
+  launch(op, h.place, h.place.cuda->upload, Upload{h.uploaded->data_ptr(), all.data(), all.size() * sizeof(int64_t)});
+}
+
 // Lengths as places, longest first, and what runs at each step.
 inline void take_lengths(const char* op, Rnn& p, Holders& h, const Tensor& given) {
-  check_device(op, "lengths", given);
+  HT_CHECK(given.is_cpu(), op, "lengths is on ", to_string(given.device()),
+           ", expected on the CPU, where the steps are planned; move it with .cpu()");
   HT_CHECK(given.scalar_type() == ScalarType::Long, op, "lengths is ", to_string(given.scalar_type()),
            ", expected int64; convert it");
   HT_CHECK(given.dim() == 1 && given.numel() == p.batch, op, "lengths has shape ", to_string(given.sizes()),
@@ -144,6 +171,7 @@ inline void take_lengths(const char* op, Rnn& p, Holders& h, const Tensor& given
              most, p.packed ? ", falling, beside packed input; sort them" : " steps; clamp it");
     total += lengths[b];
   }
+  p.used = total;
   HT_CHECK(!p.packed || total == p.rows, op, "lengths add up to ", total, ", input has ", p.rows,
            " packed rows; they must be equal");
   if (p.packed) p.steps = p.batch ? lengths[0] : 0;
@@ -160,12 +188,14 @@ inline void take_lengths(const char* op, Rnn& p, Holders& h, const Tensor& given
     h.active[t] = n;
     h.first[t + 1] = h.first[t] + n;
   }
+  p.longest = p.batch ? h.lengths[0] : 0;
   p.order = h.order.data(), p.lengths = h.lengths.data(), p.active = h.active.data(), p.first = h.first.data();
+  if (h.place.cuda) upload_lengths(op, p, h);
 }
 
 inline void check_like(const char* op, const char* name, const Tensor& tensor, Shape shape, ScalarType dtype,
-                       const char* remedy) {
-  check_device(op, name, tensor);
+                       const char* remedy, Device device) {
+  check_device(op, name, tensor, device);
   HT_CHECK(equal(tensor.sizes(), shape), op, name, " has shape ", to_string(tensor.sizes()), ", expected ",
            to_string(shape), "; pass ", remedy);
   HT_CHECK(tensor.scalar_type() == dtype, op, name, " is ", to_string(tensor.scalar_type()), ", expected ",
@@ -174,18 +204,18 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor, S
 
 // Contiguous data of an optional tensor of this shape.
 const void* state_data(const char* op, const char* name, Shape shape, const OptionalTensor& given, ScalarType dtype,
-                       OptionalTensor& holder, const char* remedy) {
+                       OptionalTensor& holder, const char* remedy, Device device) {
   if (!given) return nullptr;
-  check_like(op, name, *given, shape, dtype, remedy);
+  check_like(op, name, *given, shape, dtype, remedy, device);
   if (given->is_contiguous()) return given->data_ptr();
   holder = contiguous(*given);
   return holder->data_ptr();
 }
 // Of one [layers * directions, batch, width].
 const void* state_data(const char* op, const char* name, const Rnn& p, const OptionalTensor& given, int64_t width,
-                       ScalarType dtype, OptionalTensor& holder, const char* remedy) {
+                       ScalarType dtype, OptionalTensor& holder, const char* remedy, Device device) {
   const int64_t shape[3] = {p.layers * p.directions, p.batch, width};
-  return state_data(op, name, Shape(shape, 3), given, dtype, holder, remedy);
+  return state_data(op, name, Shape(shape, 3), given, dtype, holder, remedy, device);
 }
 
 inline void check_cell_state(const char* op, const Rnn& p, const std::string& mode, const OptionalTensor& c0) {
@@ -205,11 +235,11 @@ inline RnnTensor operand(const Tensor& given, OptionalTensor& holder) {
 // `width` wide rows beside those of `like`: the rows of a batch entry together in memory where they are so in `like`.
 inline Tensor mirror(const Tensor& like, int64_t width) {
   const Shape s = like.sizes();
-  if (s.size() == 2) return empty({s[0], width}, like.scalar_type());
+  if (s.size() == 2) return empty({s[0], width}, like.scalar_type(), like.device());
   const int64_t sizes[3] = {s[0], s[1], width};
-  if (like.strides()[0] >= like.strides()[1]) return empty(Shape(sizes, 3), like.scalar_type());
+  if (like.strides()[0] >= like.strides()[1]) return empty(Shape(sizes, 3), like.scalar_type(), like.device());
   const int64_t row = std::max<int64_t>(width, 1), strides[3] = {row, std::max<int64_t>(s[0], 1) * row, 1};
-  return empty_strided(Shape(sizes, 3), Shape(strides, 3), like.scalar_type());
+  return empty_strided(Shape(sizes, 3), Shape(strides, 3), like.scalar_type(), like.device());
 }
 
 // Dims, lengths and initial states; input_size is known where the weights are given.
@@ -225,12 +255,13 @@ inline void take_input(const char* op, Rnn& p, Holders& h, const std::string& mo
   p.packed = s.size() == 2;
   p.batch = p.packed ? lengths->numel() : s[1];
   p.steps = p.packed ? 0 : s[0];
-  p.rows = p.packed ? s[0] : s[0] * s[1];
+  p.rows = p.used = p.packed ? s[0] : s[0] * s[1];
+  p.longest = p.steps;
   if (lengths) take_lengths(op, p, h, *lengths);
   const char* remedy = "one state for each layer and direction";
-  p.h0 = state_data(op, "h0", p, h0, p.state, input.scalar_type(), h.h0, remedy);
+  p.h0 = state_data(op, "h0", p, h0, p.state, input.scalar_type(), h.h0, remedy, h.device());
   check_cell_state(op, p, mode, c0);
-  p.c0 = state_data(op, "c0", p, c0, p.hidden, input.scalar_type(), h.c0, remedy);
+  p.c0 = state_data(op, "c0", p, c0, p.hidden, input.scalar_type(), h.c0, remedy, h.device());
 }
 
 inline RnnHeader header_of(const Rnn& p) {
@@ -242,10 +273,6 @@ inline RnnHeader header_of(const Rnn& p) {
   header.input_size = p.input_size, header.hidden = p.hidden, header.state = p.state;
   header.layers = p.layers, header.directions = p.directions;
   return header;
-}
-
-inline void zero(const Tensor& tensor) {
-  std::memset(tensor.data_ptr(), 0, tensor.numel() * size_of(tensor.scalar_type()));
 }
 
 }  // namespace handtuned::rnn_arguments

@@ -12,6 +12,7 @@ from typing import Any
 import attention_cases as ac
 import numerics
 import numpy as np
+import simt_tools
 import torch
 import torch.nn.functional as F
 from numerics import Array, wide
@@ -299,7 +300,7 @@ def dropout_factor(case: ac.Case, t: ac.Tensors, seed: Tensor) -> Tensor | None:
 
 def multiplies_pairs(dtype: torch.dtype) -> bool:
     """Whether the kernels in force take operands of the dtype as they are, and not converted to float32."""
-    if handtuned.backends._state.backend == "triton":
+    if simt_tools.running or handtuned.backends._state.backend == "triton":
         return dtype in (torch.bfloat16, torch.float16)
     isa = next(row for row in handtuned._C.isa_table() if row["name"] == handtuned._C.isa())
     return dtype == torch.bfloat16 and isa["multiplies_bf16"]

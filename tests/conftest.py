@@ -3,8 +3,10 @@
 A test that takes `kernels` runs once per instruction set that the library was built for, on the CUDA kernels in the
 emulator ("simt"), on the Triton kernels and on the reference formula; `isa` runs it on the CPU kernels only. With
 ``@pytest.mark.cases(list)`` it also takes `case`; the emulator, Triton's interpreter and the formula get the small
-ones, Triton only those in ``triton=list`` where that is given, and the kernels in ``thinned=names`` every third.
-``@pytest.mark.no_triton`` leaves both kinds of GPU kernels out, for ops that have none.
+ones, Triton only those in ``triton=list`` where that is given, and the kernels in ``thinned=names`` every third, the
+emulator every seventh (all of them in make test-gpu-full).
+``@pytest.mark.no_triton`` leaves both kinds of GPU kernels out, for ops that have none; ``@pytest.mark.cuda_alone``
+leaves Triton's out, for ops that have CUDA kernels alone.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import handtuned
 from handtuned import _C
 
 ISAS = {row["name"]: row for row in _C.isa_table()}
+EACH_OF_THINNED = {"simt": 1 if os.environ.get("HANDTUNED_EVERY_MUTANT") == "1" else 7}
 # The largest cases of the slow kernels: Triton's interpreter needs about half a second, the others 0.1 s.
 MOST_ELEMENTS = {"simt": 20_000, "triton": 4200, "reference": 120_000}
 
@@ -31,6 +34,7 @@ MOST_ELEMENTS = {"simt": 20_000, "triton": 4200, "reference": 120_000}
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(list, triton=list, thinned=names): what `case` goes through")
     config.addinivalue_line("markers", "no_triton: the op has no kernel for GPUs")
+    config.addinivalue_line("markers", "cuda_alone: the op has CUDA kernels and none in Triton")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -41,6 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     if metafunc.definition.get_closest_marker("no_triton"):
         sets["kernels"] = [*ISAS, "reference"]
+    if metafunc.definition.get_closest_marker("cuda_alone"):
+        sets["kernels"] = [*ISAS, "simt", "reference"]
     if marker is None:
         metafunc.parametrize(fixture, sets[fixture], indirect=True)
         return
@@ -50,7 +56,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for kernels in sets[fixture]
         if case.elements <= MOST_ELEMENTS.get(kernels, case.elements)
         and (kernels != "triton" or case in marker.kwargs.get("triton", marker.args[0]))
-        and (kernels not in marker.kwargs.get("thinned", ()) or number % 3 == 0)
+        and (kernels not in marker.kwargs.get("thinned", ()) or number % EACH_OF_THINNED.get(kernels, 3) == 0)
     ]
     metafunc.parametrize((fixture, "case"), pairs, indirect=[fixture])
 

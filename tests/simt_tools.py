@@ -20,6 +20,9 @@ CHECKED = FOLDER / "libhandtuned_simt_checked.so"  # with sanitizers and mutatio
 SCHEDULES = {"random": 0, "forward": 1, "backward": 2, "warp_greedy": 3}
 
 
+running = False  # whether the emulator serves the ops now
+
+
 class Counts(ctypes.Structure):
     """What launches did since the last reset; the fields of simt::Counts."""
 
@@ -61,9 +64,19 @@ class Emulator:
         """In which order threads run that can: random (by seed), forward, backward, warp_greedy."""
         self.library.simt_configure(SCHEDULES[name], seed)
 
+    def device(self, multiprocessors: int = 0, shared_bytes: int = 0) -> None:
+        """What launchers see; 0 for what it is at first. A small device sends small shapes the ways of large ones."""
+        self.library.simt_device(multiprocessors, shared_bytes)
+
     def plant(self, mutant: int) -> None:
         """Makes one mutation point the planted bug; -1: none."""
         self.library.simt_plant(mutant)
+
+    def take_passed(self) -> frozenset[int]:
+        """The mutation points that kernels passed since the last call, planted or not."""
+        flags = (ctypes.c_ubyte * self.library.simt_take_passed(None))()
+        self.library.simt_take_passed(flags)
+        return frozenset(number for number, flag in enumerate(flags) if flag)
 
     def reset(self) -> None:
         self.library.simt_reset_counts()
@@ -81,13 +94,19 @@ def require(path: Path) -> Path:
 
 
 @contextmanager
-def emulated(schedule: str = "forward", seed: int = 0, path: Path = LIBRARY) -> Iterator[Emulator]:
-    """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator."""
+def emulated(
+    schedule: str = "forward", seed: int = 0, path: Path = LIBRARY, device: tuple[int, int] = (0, 0)
+) -> Iterator[Emulator]:
+    """Inside, ops with a CUDA kernel run it on CPU tensors in the emulator; device: as Emulator.device takes it."""
+    global running
     emulator = Emulator(require(path))
     emulator.schedule(schedule, seed)
+    emulator.device(*device)
     emulator.reset()
     _C.emulate_cuda(str(path))
+    running = True
     try:
         yield emulator
     finally:
+        running = False
         _C.emulate_cuda("")

@@ -206,11 +206,12 @@ def test_cuda_comes_before_triton_where_it_is_built(monkeypatch: pytest.MonkeyPa
 
     assert refused("layer_norm")["cuda"] == "libhandtuned_cuda.so is missing beside the extension"
     library.touch()
-    for op in handtuned.ops.NORM_OPS:
+    for op in handtuned.ops.NORM_OPS | handtuned.ops.ATTENTION_OPS | handtuned.ops.RNN_OPS:
         assert handtuned.backends.choose(op, device, torch.bfloat16)[0].backend == "cuda"
-        assert refused(op)["triton"] is None
+        no_triton = "no Triton kernel for this op" if op in handtuned.ops.RNN_OPS else None
+        assert refused(op)["triton"] == no_triton
     assert "int64" in str(refused("layer_norm", torch.int64)["cuda"])
-    assert refused("attention")["cuda"] == "no CUDA C++ kernel for this op"
+    assert refused("linear_cross_entropy")["cuda"] == "no CUDA C++ kernel for this op"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert refused("layer_norm")["cuda"] == "the device is sm_75, the CUDA kernels need sm_80"

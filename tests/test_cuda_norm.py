@@ -4,25 +4,17 @@ test_cuda_budgets.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from functools import cache
-from pathlib import Path
-
 import cases
 import numerics
 import pytest
 import simt_tools
 import torch
+from hunting import POINTS, hunted, hunted_points
 from simt import mutate
 from torch import Tensor
 
-import handtuned
 from handtuned import ops
 
-ROOT = Path(__file__).resolve().parents[1]
 BF16, F64 = torch.bfloat16, torch.float64
 SCHEDULES = [("random", 0), ("random", 1), ("random", 2), ("forward", 0), ("backward", 0), ("warp_greedy", 3)]
 
@@ -104,52 +96,17 @@ def test_no_bank_conflicts(case: cases.Case) -> None:
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------
 
-POINTS = mutate.points(ROOT / "csrc")
-EVERY = os.environ.get("HANDTUNED_EVERY_MUTANT") == "1"
-HUNTED = [p for p in POINTS if p.equivalent is None and (EVERY or p.kind == "barrier" or p.number % 16 == 0)]
-
-
-def preloaded() -> dict[str, str]:
-    """An environment in which a Python process can load a library built with sanitizers."""
-    runtime = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return os.environ | {
-        "LD_PRELOAD": " ".join(runtime),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(Path(handtuned.__file__).parents[1]), str(ROOT)]),
-    }
-
-
-@cache
-def hunted() -> dict[int, str | None]:
-    """What caught each mutant; -1: the program as it is, with sanitizers."""
-    library = simt_tools.require(simt_tools.CHECKED)
-    numbers = [-1, *(p.number for p in HUNTED)]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/simt/hunt.py", library, *map(str, numbers)],
-        env=preloaded(),
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, f"the kernels as they are do not pass:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return {row["mutant"]: row["caught"] for row in found}
-
 
 def test_sanitizers_find_nothing() -> None:
     """AddressSanitizer and UndefinedBehaviorSanitizer on tensors that end where their memory ends."""
-    assert hunted()[-1] is None
+    assert hunted("norm")[-1] is None
 
 
-@pytest.mark.parametrize("point", HUNTED, ids=lambda p: p.name)
+@pytest.mark.parametrize("point", hunted_points("norm"), ids=lambda p: p.name)
 def test_planted_bug_is_caught(point: mutate.Point) -> None:
     """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. A
     sample, without HANDTUNED_EVERY_MUTANT (make test-gpu-full)."""
-    assert hunted()[point.number] is not None
+    assert hunted("norm")[point.number] is not None
 
 
 def test_equivalent_mutants_are_still_there() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import simt_tools
 import torch
+from fragments import a_16x16, as_pairs, b_16x8, d_16x8, ldmatrix_pair, shuffled
 from torch import Tensor
 
 
@@ -23,10 +24,17 @@ def emulator(request: pytest.FixtureRequest) -> Iterator[simt_tools.Emulator]:
 
 
 def launch(
-    emulator: simt_tools.Emulator, name: str, threads: int = 64, *, blocks: int = 1, shared: int = 0, grid: bool = False
+    emulator: simt_tools.Emulator,
+    name: str,
+    threads: int = 64,
+    *,
+    blocks: int = 1,
+    shared: int = 0,
+    grid: bool = False,
+    values: Tensor | None = None,
 ) -> tuple[Tensor, str]:
-    """(out, what the emulator reports), with in = 0, 1, 2 ..."""
-    values, out = torch.arange(1024.0), torch.zeros(1024)
+    """(out, what the emulator reports); in = 0, 1, 2 ... where no values are given."""
+    values, out = torch.arange(1024.0) if values is None else values.contiguous(), torch.zeros(1024)
     emulator.reset()
     status = emulator.library.simt_unit(
         name.encode(), blocks, threads, shared or 4 * threads, grid, values.data_ptr(), out.data_ptr()
@@ -54,12 +62,12 @@ def test_a_warp_barrier_orders_its_warp(emulator: simt_tools.Emulator) -> None:
 
 
 def test_shuffles_and_ballot(emulator: simt_tools.Emulator) -> None:
-    """As the programming guide defines them: a lane that would read beyond its segment keeps its own value."""
+    """A lane that would read beyond its segment keeps its own value."""
     out, report = launch(emulator, "shuffles", 32)
     assert not report
+    wanted = [shuffled("bfly", 5), shuffled("up", 3), shuffled("down", 3), shuffled("idx", 6, 8)]
     for lane, found in enumerate(out[:160].reshape(32, 5).tolist()):
-        up, down = max(lane - 3, lane if lane < 3 else 0), lane + 3 if lane + 3 < 32 else lane
-        assert found == [lane ^ 5, up, down, lane // 8 * 8 + 6, 0xFF00]
+        assert found == [*(of_all[lane][0] for of_all in wanted), 0xFF00]
 
 
 def test_a_grid_barrier_orders_global_memory(emulator: simt_tools.Emulator) -> None:
@@ -100,6 +108,82 @@ def test_conversions_are_torchs() -> None:
         assert [getattr(library, name)(v) for v in values.tolist()] == [w & 0xFFFF for w in wanted]
 
 
+# ---- instructions of PTX: what each lane holds, by the tables of the PTX manual (fragments.py) ----------------------
+
+NARROW = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_mma_has_the_fragments_of_the_manual(emulator: simt_tools.Emulator, dtype: str) -> None:
+    """Small integers, so every sum is exact."""
+    a, b = (torch.randint(-8, 9, shape).to(NARROW[dtype]) for shape in ((16, 16), (16, 8)))
+    d = torch.randint(-99, 100, (16, 8)).float()
+    registers = [as_pairs(a[a_16x16(2 * r)], a[a_16x16(2 * r + 1)]).view(torch.float32) for r in range(4)]
+    registers += [as_pairs(b[b_16x8(2 * r)], b[b_16x8(2 * r + 1)]).view(torch.float32) for r in range(2)]
+    registers += [d[d_16x8(i)] for i in range(4)]
+    out, report = launch(emulator, f"mma_{dtype}", 32, values=torch.stack(registers, -1))
+    assert not report
+    found = torch.empty(16, 8)
+    for i in range(4):
+        found[d_16x8(i)] = out[:128].view(32, 4)[:, i]
+    assert found.equal(d + a.float() @ b.float())
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_pairs_are_rounded_as_torch_does(emulator: simt_tools.Emulator, dtype: str) -> None:
+    values = torch.randn(64) * torch.tensor([1.0, 1e-4, 300.0, 1e-7]).repeat(16)
+    out, report = launch(emulator, f"pairs_{dtype}", 32, values=values)
+    assert not report
+    assert out[:32].view(torch.int16).equal(values.to(NARROW[dtype]).view(torch.int16))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_ldmatrix_deals_out_four_matrices(emulator: simt_tools.Emulator, transposed: bool) -> None:
+    """Register n of each lane is of matrix n."""
+    matrices = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
+    out, report = launch(
+        emulator,
+        "ldmatrix_trans" if transposed else "ldmatrix",
+        32,
+        shared=512,
+        values=matrices.view(torch.float32),
+    )
+    assert not report
+    low, high = ldmatrix_pair(transposed)
+    for n, register in enumerate(out[:128].view(torch.int32).view(32, 4).T):
+        assert register.equal(as_pairs(matrices[n][low], matrices[n][high]))
+
+
+@pytest.mark.parametrize(("pitch", "conflicts"), [(32, 4), (128, 28), (144, 0)])
+def test_bank_conflicts_of_ldmatrix(emulator: simt_tools.Emulator, pitch: int, conflicts: int) -> None:
+    """Eight rows of 16 bytes at a time: 32 bytes apart two of them share each bank, 128 bytes apart all eight do."""
+    assert not launch(emulator, f"ldmatrix_{pitch}_bytes_apart", 32, shared=32 * pitch)[1]
+    assert emulator.counts.shared_accesses == 2  # the rows written, the rows read
+    assert emulator.counts.bank_conflicts == 2 * conflicts
+
+
+@pytest.mark.parametrize(("name", "copied"), [("copies", 4), ("copies_of_8_bytes", 2), ("copies_of_nothing", 0)])
+def test_a_copy_fills_up_with_zeros(emulator: simt_tools.Emulator, name: str, copied: int) -> None:
+    out, report = launch(emulator, name, 64, shared=1024)
+    assert not report
+    values = torch.arange(256.0).view(32, 2, 4).flip(1).reshape(64, 4)
+    assert out[:320].view(64, 5)[:, :copied].equal(values[:, :copied])
+    assert not out[:320].view(64, 5)[:, copied:4].any()
+    assert emulator.counts.bytes_loaded == 64 * 4 * copied
+
+
+def test_a_copy_that_is_pending_shows_nothing(emulator: simt_tools.Emulator) -> None:
+    out, report = launch(emulator, "copies_second_pending", 64, shared=2048)
+    assert not report
+    seen = out[:320].view(64, 5)
+    assert seen[:, :4].equal(torch.arange(256.0).view(32, 2, 4).flip(1).reshape(64, 4))
+    assert seen[:, 4].isnan().all()
+    for name in ("copies_not_waited", "copies_not_committed"):
+        out, report = launch(emulator, name, 64, shared=1024)
+        assert "returned while copies to shared memory were under way" in report
+        assert not out[:320].nan_to_num().any(), name
+
+
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
@@ -114,15 +198,31 @@ def test_conversions_are_torchs() -> None:
         ("diverged", "lanes of one warp meet in"),
         ("outside_the_mask", "the calling lane is not in the mask"),
         ("lane_that_is_missing", "reads lane 9, which is not in the mask"),
+        ("copies_no_barrier", "race on shared memory"),
+        ("copy_misaligned", "an access of 16 bytes is misaligned"),
     ],
 )
 def test_what_cuda_forbids_is_reported(emulator: simt_tools.Emulator, name: str, words: str) -> None:
-    report = launch(emulator, name, 64)[1]
+    report = launch(emulator, name, 64, shared=1024)[1]
     assert words in report
 
 
-def test_a_grid_barrier_needs_a_cooperative_launch(emulator: simt_tools.Emulator) -> None:
-    assert "a grid barrier in a launch that is not cooperative" in launch(emulator, "through_the_grid", blocks=2)[1]
+def test_signals_between_blocks_need_a_cooperative_launch(emulator: simt_tools.Emulator) -> None:
+    assert "between blocks in a launch that is not cooperative" in launch(emulator, "through_the_grid", blocks=2)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("through_the_grid_at_once", "race on global memory"),
+        ("a_signal_before_the_barrier", "race on global memory"),
+        ("no_barrier_after_the_wait", "race on global memory"),
+        ("one_block_does_not_come", "threads wait for others that never come"),
+    ],
+)
+def test_what_blocks_must_not_do_is_reported(emulator: simt_tools.Emulator, name: str, words: str) -> None:
+    """A write and a read in different blocks are ordered by barrier, signal, wait, barrier, and nothing less."""
+    assert words in launch(emulator, name, 64, blocks=3, grid=True)[1]
 
 
 def test_launches_that_cannot_be(emulator: simt_tools.Emulator) -> None:

@@ -45,8 +45,7 @@ void rnn_backward_in(const RnnBackward& p) {
 
   const int64_t each = rnn_weights_each(p, p.bias), output = p.rows * p.directions * p.state;
   LayerBackward<E, T> y(p);
-  y.left = numbers(at.left);
-  y.leave_out_empty_steps();
+  y.steps = p.longest, y.left = numbers(at.left);
   y.ring = reinterpret_cast<O*>(flags + kMostSlices);
   y.r_ring = y.ring + 2 * p.directions * p.batch * y.slots();
   for (int d = 0; d < 2; ++d) {

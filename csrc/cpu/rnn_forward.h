@@ -345,9 +345,22 @@ void rnn_forward_in(const RnnForward& p) {
   const int64_t gates = gates_of(p.cell);
   static thread_local bool turned;
   turned ^= p.steps == 1;
-  LayerForward<E, T> y{{p}, nullptr, nullptr, false, {},     {},  gate_loop_of<A>(p), {}, {}, {},
-                       {},  1,       turned,  ring,  m_ring, left};
-  y.leave_out_empty_steps();
+  LayerForward<E, T> y{{p, 0, p.longest},
+                       nullptr,
+                       nullptr,
+                       false,
+                       {},
+                       {},
+                       gate_loop_of<A>(p),
+                       {},
+                       {},
+                       {},
+                       {},
+                       1,
+                       turned,
+                       ring,
+                       m_ring,
+                       left};
   y.stretch = rnn_stretch(p, p.steps);
   for (y.layer = 0; y.layer < p.layers; ++y.layer) {
     const int64_t width = rnn_input_size(p, y.layer);

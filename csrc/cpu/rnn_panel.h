@@ -7,9 +7,11 @@
 //   panel[k][unit vector][gate][lane],  of `pair` also [two neighbours along k]
 #pragma once
 #include "../rnn.h"
+#include "math.h"  // before the cells, which call it
+
+#include "../gates.h"
 
 #include "gemm.h"
-#include "gates.h"
 #include "parallel.h"
 #include "philox.h"
 #include "scratch.h"

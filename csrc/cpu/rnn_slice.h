@@ -17,9 +17,6 @@ struct LayerOf {
   const A* mask(int64_t direction, int64_t place) const {
     return masks ? masks + (direction * p.batch + place) * rnn_mask_pitch(p) : nullptr;
   }
-  void leave_out_empty_steps() {
-    for (steps = p.steps; steps && !active_at(p, steps - 1);) --steps;
-  }
 };
 
 // The panels of a slice that lie in one direction: of the hidden units, of the projection, and of the state, which are

@@ -2,6 +2,8 @@
 // turns a status other than 0 into an error. cudart is linked statically, so a machine without CUDA can load this.
 #include <cuda_runtime.h>
 
+#include <device/launch.h>
+
 #include "launchers.h"
 
 namespace handtuned::cuda {
@@ -16,7 +18,15 @@ int capability(int device) {
 
 const char* error(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
-const CudaKernels table = {HANDTUNED_VERSION, 80, &capability, &error, &norm_forward, &norm_backward};
+int upload(const Upload& what, int device, void* stream) {
+  const OnDevice guard(device);
+  if (guard.status() != cudaSuccess) return guard.status();
+  return cudaMemcpyAsync(what.to, what.from, what.bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream));
+}
+
+const CudaKernels table = {
+    HANDTUNED_VERSION,   80,        &capability,  &error,        &norm_forward, &norm_backward, &attention_forward,
+    &attention_backward, &rnn_pack, &rnn_forward, &rnn_backward, &upload};
 
 }  // namespace
 }  // namespace handtuned::cuda

@@ -8,6 +8,18 @@ namespace handtuned {
 
 struct NormForward;
 struct NormBackward;
+struct AttentionForward;
+struct AttentionBackward;
+struct RnnPack;
+struct RnnForward;
+struct RnnBackward;
+
+// Bytes of the host into device memory, read before the call returns.
+struct Upload {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct CudaKernels {
   const char* version;            // of handtuned: the skin's and the library's Params are one
@@ -16,6 +28,12 @@ struct CudaKernels {
   const char* (*error)(int status);
   int (*norm_forward)(const NormForward&, int device, void* stream);
   int (*norm_backward)(const NormBackward&, int device, void* stream);
+  int (*attention_forward)(const AttentionForward&, int device, void* stream);
+  int (*attention_backward)(const AttentionBackward&, int device, void* stream);
+  int (*rnn_pack)(const RnnPack&, int device, void* stream);
+  int (*rnn_forward)(const RnnForward&, int device, void* stream);
+  int (*rnn_backward)(const RnnBackward&, int device, void* stream);
+  int (*upload)(const Upload&, int device, void* stream);
 };
 
 }  // namespace handtuned

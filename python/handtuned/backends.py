@@ -5,7 +5,8 @@ An op's arguments are the same for every backend, so a backend is a namespace of
 none), the Triton launchers, or ``reference``.
 
 For a CUDA tensor the CUDA library comes before Triton, if it was built and has a kernel for the op: it holds every
-shape and dtype of the norm family, is called without Python in between, and compiles nothing at the first call.
+shape, dtype and option of the norm, attention and recurrent families (but layer normalisation of recurrent gates), is
+called without Python in between, and compiles nothing at the first call.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def why_no_cuda_kernel(op: str) -> str | None:
 def ops_with_cuda_kernels() -> Collection[str]:
     from . import ops
 
-    return ops.NORM_OPS
+    return ops.NORM_OPS | ops.ATTENTION_OPS | ops.RNN_OPS
 
 
 def cuda_status() -> str | None:

@@ -155,7 +155,7 @@ def _rnn_samples(device: str) -> Iterator[Sample]:
     f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
     def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, device=device)
+        return torch.tensor(values)
 
     # mode; steps (None: packed rows), batch, input, hidden, projection; layers, two directions, biases; what else
     cases: list[tuple[Any, ...]] = [

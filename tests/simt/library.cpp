@@ -1,6 +1,7 @@
 // The rest of the runtime API, and what tests set and read through ctypes.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <map>
 
 #include "simt.h"
@@ -31,7 +32,23 @@ void simt_configure(int schedule, unsigned long long seed) { simt::config = {sim
 
 void simt_execute_elsewhere(simt::Elsewhere by) { simt::elsewhere = by; }
 
+// Of what launchers see: 0 for what it was at first.
+void simt_device(int multiprocessors, int shared_bytes) {
+  simt::device = {};
+  if (multiprocessors) simt::device.multiprocessors = multiprocessors;
+  if (shared_bytes) simt::device.shared_bytes = shared_bytes;
+}
+
 void simt_plant(int mutant) { simt::planted = mutant; }
+
+// Returns how many mutation points there can be; with `to`, fills in which were passed since the last time, a byte each.
+int simt_take_passed(unsigned char* to) {
+  if (to != nullptr) {
+    std::copy(std::begin(simt::passed), std::end(simt::passed), to);
+    std::fill(std::begin(simt::passed), std::end(simt::passed), 0);
+  }
+  return simt::kMostMutants;
+}
 
 simt::Counts simt_counts() { return simt::counts; }
 

@@ -18,24 +18,82 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-# Device code; host code (launchers, plans) has no threads to lose.
-FILES = ("device/philox.h", "device/reduce.h", "device/vector.h", "norm_backward.cuh", "norm_forward.cuh",
-         "norm_rows.cuh")  # fmt: skip
+# Device code, and the family whose cases hunt its bugs (hunt.py); host code (launchers, plans) has no threads to lose.
+FILES = {
+    "device/philox.h": "norm",
+    "device/reduce.h": "norm",
+    "device/vector.h": "norm",
+    "norm_backward.cuh": "norm",
+    "norm_forward.cuh": "norm",
+    "norm_rows.cuh": "norm",
+    "attention_backward.cuh": "attention",
+    "attention_dropout.cuh": "attention",
+    "attention_entry.cuh": "attention",
+    "attention_forward.cuh": "attention",
+    "attention_general.cuh": "attention",
+    "attention_gradients.cuh": "attention",
+    "attention_merge.cuh": "attention",
+    "attention_products.cuh": "attention",
+    "attention_scores.cuh": "attention",
+    "attention_tile.cuh": "attention",
+    "device/grid.h": "rnn",
+    "product.cuh": "rnn",
+    "rnn_backward.cuh": "rnn",
+    "rnn_elements.cuh": "rnn",
+    "rnn_forward.cuh": "rnn",
+    "rnn_gradients.cuh": "rnn",
+    "rnn_rows.cuh": "rnn",
+    "rnn_slice.cuh": "rnn",
+}
 
-# Places that may go without changing a result, and why.
-EQUIVALENT = {
+# Places that may go without changing a result, and why. A third part says which of a file's places of that text, from 0
+# on; else it is all of them.
+EQUIVALENT: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("norm_backward.cuh", "first_row < end"): "a last turn in which no thread has a row",
     ("norm_backward.cuh", "p.grad_new_residual.data != nullptr"): "saves registers: that row is nullptr anyway",
     ("norm_rows.cuh", "left < kLanes<T>"): "keeps the count an int for rows of more than 2^31 elements",
+    ("product.cuh", "k < depth"): "a last turn that brings zeros alone",
+    ("rnn_backward.cuh", "zones"): "keeps infinities: without zoneout the share is 1",
+    ("rnn_forward.cuh", "y.noise.zones_cell"): "likewise",
+    ("rnn_gradients.cuh", "direction == 0"): "an order of additions",
+    ("rnn_gradients.cuh", "from < rows"): "a last turn without rows",
+    ("rnn_gradients.cuh", "y.noise.drops_weight"): "saves time: at p = 0 every element is kept and scaled by 1",
+    ("rnn_rows.cuh", "n < 8"): "numbers are below 8",
+    ("rnn_slice.cuh", "count > r"): "saves time: states that are not there are 0",
+    ("rnn_slice.cuh", "from < count"): "a last turn without rows",
+    ("rnn_slice.cuh", "from < places"): "a last turn without rows",
+    ("rnn_slice.cuh", "nth < kChunksHeld"): "no part has more chunks",
+    ("attention_backward.cuh", "c < kOwn", 2): "clears what lies between two rows of the weights as well",
+    ("attention_backward.cuh", "r < kOwn", 3): "the keys of a tile end before",
+    ("attention_backward.cuh", "which < 2"): "a last turn that fills the second table again",
+    ("attention_entry.cuh", "from < entries"): "a last turn without entries",
+    ("attention_entry.cuh", "step < kWarp"): "a last turn in which no lane has another so far before it",
+    ("attention_forward.cuh", "!idle"): "saves time: no row of such a warp exists, and none is stored",
+    ("attention_forward.cuh", "16 * k < p_.width"): "saves time: what is beyond a width is 0",
+    ("attention_forward.cuh", "16 * n < p_.value_width"): "likewise",
+    ("attention_forward.cuh", "count < 8"): "a pack ends after 8 by itself",
+    ("attention_forward.cuh", "first == keys.begin"): "saves time: the same fragments again",
+    ("attention_forward.cuh", "first < keys.end"): "saves time: no row of such a tile exists, and zeros are no bytes",
+    ("attention_forward.cuh", "k < W / 16"): "a last turn beyond the width, which is left out; q_'s is cleared from s_",
+    ("attention_forward.cuh", "keep_.seed_address != nullptr"): "saves time: at p = 0 every weight is kept, times 1",
+    ("attention_forward.cuh", "n < W / 16"): "a last turn beyond the width, which is left out",
+    ("attention_forward.cuh", "n < W / 4"): "likewise",
+    ("attention_general.cuh", "keep.seed_address != nullptr"): "likewise",
+    ("attention_products.cuh", "from < count"): "a last turn of no rows",
+    ("attention_products.cuh", "from < width"): "a last turn of no depth",
+    ("attention_scores.cuh", "p.device.slopes.data != nullptr", 1): "saves time: slopes are 0",
+    ("attention_scores.cuh", "row.begin > first || row.end < first + count"): "saves time: each key is asked then",
+    ("attention_tile.cuh", "count > 0"): "an address that nothing is read from",
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);")
+BARRIER = re.compile(r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);")
 IF = re.compile(r"\bif \(")
 FOR = re.compile(r"\bfor \(")
-TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?]|\([^()]*\)|[<>=!]=)+) \? ")
+TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?{}]|\([^()]*\)|[<>=!]=)+) \? ")
 
 
 @dataclass(frozen=True)
@@ -45,15 +103,20 @@ class Point:
     line: int
     kind: str  # "barrier", "predicate" or "bound"
     text: str
+    nth: int  # of this file's places of the same text
 
     @property
     def name(self) -> str:
         return f"{self.number}-{self.file}:{self.line}-{self.kind}-{self.text}"
 
     @property
+    def family(self) -> str:
+        return FILES[self.file]
+
+    @property
     def equivalent(self) -> str | None:
         """Why this mutant changes no result; None for one that a test has to catch."""
-        return EQUIVALENT.get((self.file, self.text))
+        return EQUIVALENT.get((self.file, self.text)) or EQUIVALENT.get((self.file, self.text, self.nth))
 
 
 def closing(text: str, start: int) -> int:
@@ -73,7 +136,8 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
 
     def plant(begin: int, end: int, kind: str, what: str, replacement: str) -> None:
         number = first + len(points)
-        points.append(Point(number, file, text.count("\n", 0, begin) + 1, kind, what))
+        nth = sum(point.text == what for point in points)
+        points.append(Point(number, file, text.count("\n", 0, begin) + 1, kind, what, nth))
         edits.append((begin, end, replacement.replace("#", f"simt::mutant({number})")))
 
     code = re.sub(r"//[^\n]*", lambda m: " " * len(m[0]), text)  # comments keep their length and lose their words
@@ -84,6 +148,8 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         condition = text[match.end() : end]
         plant(match.end(), end, "predicate", condition, f"# || ({condition})")
     for match in TERNARY.finditer(code):
+        if "constexpr" in code[max(code.rfind(c, 0, match.start()) for c in ";{}") : match.start()]:
+            continue  # nothing that happens at run time
         plant(*match.span(1), "predicate", match[1], f"# || ({match[1]})")
     for match in FOR.finditer(code):
         condition = code[match.end() : closing(code, match.end())].split(";")[1]
@@ -94,7 +160,11 @@ def instrument(file: str, text: str, first: int) -> tuple[str, list[Point]]:
         sign = "+" if bound[2] == "<" else "-"
         plant(begin, begin + len(condition), "bound", condition.strip(),
               f"{bound[1]} {bound[2]} {bound[3]} {sign} int(#)")  # fmt: skip
-    for begin, end, replacement in sorted(edits, reverse=True):
+    edits.sort()
+    for (_, end, what), (begin, _, _) in pairwise(edits):
+        if begin < end:
+            raise ValueError(f"{file}: a point within a point, {what}: give its condition a line of its own")
+    for begin, end, replacement in reversed(edits):
         text = text[:begin] + replacement + text[end:]
     return text, points
 

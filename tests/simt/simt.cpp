@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -12,14 +15,17 @@ namespace simt {
 
 __thread Thread* current = nullptr;
 Config config;
+DeviceSize device;
 Counts counts;
 int planted = -1;
+unsigned char passed[kMostMutants];
 
 namespace {
 
 constexpr int kInvalidValue = 1, kInvalidConfiguration = 9, kLaunchFailure = 719;  // cudaError_t
 
 struct Block;
+struct Lane;
 
 // The lanes of one mask that wait for the rest of it.
 struct Meeting {
@@ -44,6 +50,13 @@ struct Warp {
   char places[2];  // as a Barrier's
 };
 
+// A copy to shared memory under way.
+struct Copy {
+  size_t offset, read, bytes;
+  const void* from;
+  size_t group;
+};
+
 // A CUDA thread.
 struct Lane : Thread {
   Block* of;
@@ -51,6 +64,8 @@ struct Lane : Thread {
   const char* waits_at = nullptr;
   size_t accesses = 0;  // to shared memory since its warp last met
   bool done = false;
+  std::vector<Copy> copies;  // under way
+  size_t group = 0;          // of copies, the open one
   Fiber fiber;
   explicit Lane(void (*entry)()) : fiber(entry) {}
 };
@@ -62,13 +77,34 @@ struct Barrier {
   char places[2];  // to publish(): in turns, or who is early would already be seen
 };
 
+// How many barriers each block of a launch had passed, as far as somebody knows: what threads did before is ordered.
+using Clocks = std::vector<uint32_t>;
+
+void learn(Clocks& clocks, const Clocks& others) {
+  for (size_t i = 0; i < clocks.size(); ++i) clocks[i] = std::max(clocks[i], others[i]);
+}
+
+// A word that blocks signal through.
+struct Signal {
+  struct Waiting {
+    Lane* lane;
+    unsigned least;
+  };
+  Clocks known;
+  std::vector<Waiting> waiting;
+};
+
 struct Block {
   SharedMemory shared;
+  size_t number;          // in the launch
+  Clocks known, learned;  // by all of its threads; by one of them since the last barrier
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Lane>> lanes;
   Barrier barrier;
-  size_t running = 0;  // lanes that have not returned
-  explicit Block(size_t shared_bytes) : shared(shared_bytes) {}
+  bool vote = false, voted = false;  // so far; at the last barrier
+  size_t running = 0;                // lanes that have not returned
+  Block(size_t shared_bytes, size_t number, size_t blocks)
+      : shared(shared_bytes), number(number), known(blocks), learned(blocks) {}
 };
 
 // The launch in progress.
@@ -77,7 +113,7 @@ struct State {
   bool cooperative = false;
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Lane*> ready;
-  Barrier grid;
+  std::map<const unsigned*, Signal> signals;
   size_t running = 0;
   uint64_t random = 1;
   bool failed = false;
@@ -100,19 +136,12 @@ void wait_at(const char* place) {
   lane->waits_at = nullptr;
 }
 
-void pass(Barrier& barrier) {
+void pass_barrier(Block& block) {
+  Barrier& barrier = block.barrier;
   ++barrier.passed;
+  learn(block.known, block.learned);
   state.ready.insert(state.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
   barrier.waiting.clear();
-}
-
-void arrive(Barrier& barrier, size_t needed, const char* name) {
-  void* const place = &barrier.places[barrier.passed % 2];
-  publish(place);
-  barrier.waiting.push_back(self());
-  if (barrier.waiting.size() == needed) pass(barrier);
-  wait_at(name);
-  observe(place);
 }
 
 std::string where(const Thread& t) {
@@ -128,11 +157,19 @@ uint64_t conflicts(const BankAccess& access) {
   const int at_once = access.bytes <= 4 ? kWarp : access.bytes == 8 ? kWarp / 2 : kWarp / 4;
   uint64_t total = 0;
   for (int first = 0; first < kWarp; first += at_once) {
-    uint32_t words[kWarp];
+    uint32_t words[kWarp], last[32], used = 0;
+    bool clean = true;  // as most accesses are: no bank has two words
     int n = 0;
     for (int lane = first; lane < first + at_once; ++lane)
       if (access.lanes >> lane & 1)
-        for (uint32_t w = 0; w < (access.bytes + 3) / 4; ++w) words[n++] = access.offset[lane] / 4 + w;
+        for (uint32_t w = 0; w < (access.bytes + 3) / 4; ++w) {
+          const uint32_t word = access.offset[lane] / 4 + w, bank = word % 32;
+          clean = clean && (!(used >> bank & 1) || last[bank] == word);
+          used |= 1u << bank;
+          last[bank] = word;
+          words[n++] = word;
+        }
+    if (clean) continue;
     std::sort(words, words + n);
     const int different = int(std::unique(words, words + n) - words);
     int of_bank[32] = {}, most = 0;
@@ -156,12 +193,12 @@ void settle_banks(Warp& warp) {
 
 void end_of_thread(Lane& lane) {
   const Ignored ours;
+  if (!lane.copies.empty()) fail("a thread returned while copies to shared memory were under way");
   lane.done = true;
   Block& block = *lane.of;
   --state.running;
   --block.running;
-  if (block.running && block.barrier.waiting.size() == block.running) pass(block.barrier);
-  if (state.running && state.grid.waiting.size() == state.running) pass(state.grid);
+  if (block.running && block.barrier.waiting.size() == block.running) pass_barrier(block);
 }
 
 void thread_main() {
@@ -172,8 +209,11 @@ void thread_main() {
   end_of_thread(*lane);
   lane->fiber.suspend();
 }
+
 void add_block(const Launch& what, Index index) {
-  state.blocks.push_back(std::make_unique<Block>(what.shared_bytes));
+  const size_t number = index.x + what.grid.x * (index.y + size_t(what.grid.y) * index.z);
+  const size_t blocks = what.cooperative ? size_t(what.grid.x) * what.grid.y * what.grid.z : 0;
+  state.blocks.push_back(std::make_unique<Block>(what.shared_bytes, number, blocks));
   Block& block = *state.blocks.back();
   const int threads = int(what.block.x * what.block.y * what.block.z);
   block.warps.resize((threads + kWarp - 1) / kWarp);
@@ -188,6 +228,10 @@ void add_block(const Launch& what, Index index) {
     lane->number = t;
     lane->of = &block;
     lane->warp = &block.warps[t / kWarp];
+    lane->shared = &block.shared;
+    lane->block_number = unsigned(number);
+    lane->barriers = &block.barrier.passed;
+    lane->meetings = &lane->warp->syncs;
     lane->warp->lanes.push_back(lane.get());
     state.ready.push_back(lane.get());
     block.lanes.push_back(std::move(lane));
@@ -248,7 +292,8 @@ void run() {
   state.blocks.clear();  // after a failure the other fibers are left where they are: kernels own nothing
   state.ready.clear();
   state.running = 0;
-  state.grid = {};
+  state.signals.clear();
+  forget_global();
 }
 
 }  // namespace
@@ -265,13 +310,57 @@ void block_barrier() {
   Block& block = *self()->of;
   if (block.barrier.waiting.size() + 1 == block.running)
     for (Warp& warp : block.warps) settle_banks(warp);
-  arrive(block.barrier, block.running, "__syncthreads");
+  Barrier& barrier = block.barrier;
+  void* const place = &barrier.places[barrier.passed % 2];
+  publish(place);
+  barrier.waiting.push_back(self());
+  if (barrier.waiting.size() == block.running) pass_barrier(block);
+  wait_at("__syncthreads");
+  observe(place);
 }
 
-void grid_barrier() {
+bool block_any(bool vote) {
   const Ignored ours;
-  if (!state.cooperative) fail("a grid barrier in a launch that is not cooperative");
-  arrive(state.grid, state.running, "the grid barrier");
+  Block& block = *self()->of;
+  block.vote |= vote;
+  if (block.barrier.waiting.size() + 1 == block.running) block.voted = std::exchange(block.vote, false);
+  block_barrier();
+  return block.voted;
+}
+
+void signal(unsigned* word) {
+  const Ignored ours;
+  if (!state.cooperative) fail("a signal between blocks in a launch that is not cooperative");
+  Block& block = *self()->of;
+  Signal& signal = state.signals[word];
+  if (signal.known.empty()) signal.known.resize(block.known.size());
+  learn(signal.known, block.known);
+  signal.known[block.number] = std::max(signal.known[block.number], block.barrier.passed);
+  publish(word);
+  ++*word;
+  auto& waiting = signal.waiting;
+  for (size_t i = 0; i < waiting.size();) {
+    if (*word < waiting[i].least) {
+      ++i;
+      continue;
+    }
+    state.ready.push_back(waiting[i].lane);
+    waiting[i] = waiting.back();
+    waiting.pop_back();
+  }
+}
+
+void wait_for(const unsigned* word, unsigned least) {
+  const Ignored ours;
+  if (!state.cooperative) fail("a wait for other blocks in a launch that is not cooperative");
+  Block& block = *self()->of;
+  if (*word < least) {
+    state.signals[word].waiting.push_back({self(), least});
+    wait_at("a wait for other blocks");
+  }
+  observe(const_cast<unsigned*>(word));
+  const auto found = state.signals.find(word);
+  if (found != state.signals.end() && !found->second.known.empty()) learn(block.learned, found->second.known);
 }
 
 void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
@@ -299,7 +388,7 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
     meeting.arrived = 0;
     combine(meeting.values, mask);
     settle_banks(warp);
-    if (name == kSyncWarp) ++warp.syncs;
+    if (std::strcmp(name, kSyncWarp) == 0) ++warp.syncs;  // sanitizers leave a literal in each file
     for (int l = 0; l < kWarp; ++l)
       if (mask >> l & 1) state.ready.push_back(meeting.waiting[l]);
   }
@@ -307,12 +396,31 @@ void warp_meet(const char* name, unsigned mask, void* value, Combine combine) {
   if (name == kSyncWarp) observe(place);
 }
 
-SharedMemory& shared_memory() { return self()->of->shared; }
-
-Epoch epoch() {
-  Lane* lane = self();
-  return {lane->of->barrier.passed + state.grid.passed, lane->warp->syncs};
+void async_copy(size_t offset, const void* from, size_t read, size_t bytes) {
+  const Ignored ours;
+  if (read > bytes)
+    fail("an asynchronous copy of " + std::to_string(read) + " bytes, at most " + std::to_string(bytes));
+  std::memset(self()->shared->write(offset, bytes), 0xff, bytes);
+  self()->copies.push_back({offset, read, bytes, from, self()->group});
 }
+
+void async_commit() { ++self()->group; }
+
+void async_wait(size_t pending) {
+  const Ignored ours;
+  auto& copies = self()->copies;
+  size_t arrived = 0;
+  for (; arrived < copies.size() && copies[arrived].group + pending < self()->group; ++arrived) {
+    const Copy& copy = copies[arrived];
+    auto* to = static_cast<unsigned char*>(self()->shared->arrive(copy.offset, copy.bytes));
+    if (copy.read) std::memcpy(to, copy.from, copy.read);
+    std::memset(to + copy.read, 0, copy.bytes - copy.read);
+  }
+  copies.erase(copies.begin(), copies.begin() + ptrdiff_t(arrived));
+}
+
+bool blocks_meet() { return state.cooperative; }
+bool knows(size_t block, uint32_t barriers) { return barriers < self()->of->known[block]; }
 
 void note_bank_access(size_t offset, size_t bytes) {
   const Ignored ours;

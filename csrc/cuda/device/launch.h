@@ -30,7 +30,8 @@ class OnDevice {
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Args... args) {
+cudaError_t launch_as(bool cooperative, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                      void* stream, Args... args) {
   if (shared_bytes > kSharedWithoutAsking) {
     cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                               cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
@@ -41,7 +42,24 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shar
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream, Args... args) {
+  return launch_as(false, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+// Starts blocks that may wait for each other (grid.h): all are there at once, or none starts.
+template <class... Params, class... Args>
+cudaError_t launch_together(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
+                            Args... args) {
+  return launch_as(true, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 }  // namespace handtuned::cuda

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import backends
 from .cells import CELLS, MODES, RATES, Cell
 from .common import Arguments, by_name, namespace, register, wide_dtype
 
@@ -53,6 +54,12 @@ class RnnArguments(Arguments):
         mode = self.mode = self["mode"]
         self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
         self.cell = CELLS[mode]
+        on_cuda = self.main.device.type == "cuda" and backends.runs_kernels()
+        self.require(
+            not (self.cell.layernorm and on_cuda and backends.why_no_cuda_kernel(self.op) is None),
+            f"mode is '{mode}', and the CUDA kernels do not normalise gates; use handtuned.backend('reference') or "
+            "move the input to the CPU",
+        )
         if self.weights is not None:
             self._check_weights(self.weights)
         else:
@@ -174,7 +181,11 @@ class RnnArguments(Arguments):
             f"input has width {given.shape[-1]}, weights[0] has {self.inputs} columns; they must be equal",
         )
         if lengths is not None:
-            self.check_device("lengths", lengths)
+            self.require(
+                lengths.device.type in ("cpu", "meta"),
+                f"lengths is on {lengths.device}, expected on the CPU, where the steps are planned; move it with "
+                ".cpu()",
+            )
             self.require(lengths.dtype == torch.int64, f"lengths is {lengths.dtype}, expected int64; convert it")
             self.require(
                 lengths.dim() == 1 and lengths.numel() == self.batch,

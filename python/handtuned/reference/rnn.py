@@ -113,7 +113,7 @@ def recur(
     steps, batch, directions = x.shape[0], x.shape[1], 2 if bidirectional else 1
     running = None
     if lengths is not None:
-        running = (torch.arange(steps, device=x.device)[:, None] < lengths)[..., None]
+        running = (torch.arange(steps, device=x.device)[:, None] < lengths.to(x.device))[..., None]
         x = torch.where(running, x, 0.0)  # what stands in the padding reaches nothing, gradients included
     stack = _directions(weights, mode, bias)
     hidden, width = weights[1].shape[0] // cell.gates, weights[1].shape[1]

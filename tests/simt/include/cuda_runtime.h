@@ -48,6 +48,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // ---- synchronisation and warps -----------------------------------------------------------------------------------
 
 inline void __syncthreads() { simt::block_barrier(); }
+inline int __syncthreads_or(int vote) { return simt::block_any(vote != 0); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   simt::warp_meet(simt::kSyncWarp, mask, nullptr, [](void**, unsigned) {});
 }
@@ -116,7 +117,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
+using std::abs;
+using std::exp;
+using std::exp2;
+using std::fma;
+using std::isfinite;
+using std::log;
 using std::sqrt;
+using std::tanh;
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -139,9 +148,29 @@ inline const char* cudaGetErrorString(cudaError_t) { return simt::last_error().c
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMultiProcessorCount: *value = simt::device.multiprocessors; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = simt::device.shared_bytes; break;
+  }
+  return cudaSuccess;
+}
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
   return cudaSuccess;
 }
 

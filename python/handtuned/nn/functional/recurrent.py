@@ -175,14 +175,14 @@ def _lengths(op: str, input: Tensor, lengths: Any) -> Tensor | None:
     if lengths is None:
         return None
     _require(op, input.dim() == 3, f"lengths is given but input has {input.dim()} dims; unsqueeze the batch dim")
-    moved: Tensor = torch.as_tensor(lengths).to(input.device, torch.int64)
+    moved: Tensor = torch.as_tensor(lengths).to("meta" if input.is_meta else "cpu", torch.int64)
     return moved
 
 
-def _sorted_lengths(batch_sizes: Tensor, device: torch.device) -> Tensor:
+def _sorted_lengths(batch_sizes: Tensor) -> Tensor:
     """How many steps each row has, falling, from how many rows each step has."""
     rows = torch.arange(int(batch_sizes[0]) if batch_sizes.numel() else 0)
-    return (batch_sizes > rows[:, None]).sum(1).to(device)
+    return (batch_sizes > rows[:, None]).sum(1)
 
 
 def _permuted(state: Tensor | None, order: Tensor | None) -> Tensor | None:
@@ -221,7 +221,7 @@ def run(
     options = (ws, mode, num_layers, bidirectional, bias, p, variant, training)
     if sequence is not None:
         _require(op, lengths is None, "lengths is given beside a PackedSequence, which has its own; leave them out")
-        rows = _sorted_lengths(sequence.batch_sizes, x.device)
+        rows = _sorted_lengths(sequence.batch_sizes)
         h0, c0 = (_permuted(t, sequence.sorted_indices) for t in (h0, c0))
         output, hn, cn, cells = _recur(packed, spent, x, rows, h0, c0, *options)
         hn, cn = (_permuted(t, sequence.unsorted_indices) for t in (hn, cn if mode == "LSTM" else None))  # type: ignore[assignment]

@@ -80,7 +80,7 @@ def lstm(
         bias, num_layers, bidirectional: what the weights are of.
         dropout: probability of dropping an element of the inputs of layers above the first while training, in [0, 1],
             in steps of 2^-16. The mask comes from Philox4x32-10 keyed by a seed drawn from torch's generator.
-        lengths: (B,) integers from 0 to T in any order: the steps of each row.
+        lengths: (B,) integers from 0 to T in any order: the steps of each row; read on the CPU.
         packed: what pack_rnn_weights made of these very weights, for weights that are used more than once; without it
             they are packed in each call. Ignored where autocast takes the weights in another dtype.
 

@@ -1,4 +1,5 @@
-// The recurrent cells: one struct each, its maths alone, on vectors of hidden units.
+// The recurrent cells: one struct each, its maths alone, on vectors of hidden units (CPU) or on one (CUDA). HT_INLINE,
+// sigmoid, tanh and clamp are those of whoever includes it: cpu/math.h or cuda/rnn_cells.cuh.
 //
 //   p       which functions the gates are: Plain or Variant
 //   x, s    W_x x_t + b_x and W_h h + b_h, a vector of each gate
@@ -11,9 +12,14 @@
 // before the step (LSTM) or h before it (GRU). It leaves the gradient of c in dc and returns the part of h's that does
 // not go through W_h.
 #pragma once
-#include "math.h"
 
 namespace handtuned::HANDTUNED_ISA {
+
+// The numbers that a vector is of, or a number's own type.
+template <class V>
+auto number_of(int) -> decltype(V{}[0] + V{}[0]);
+template <class V>
+V number_of(...);
 
 // What gates are made of: as torch has them.
 template <class V>
@@ -36,7 +42,7 @@ struct Plain {
 template <class V>
 struct Variant {
   static constexpr bool kPlain = false, kNormalises = false;
-  using A = decltype(V{}[0] + V{}[0]);
+  using A = decltype(number_of<V>(0));
 
   bool hard_sigmoid, hard_tanh, peepholes;
   V peephole[3];  // of i, f, o; of the coupled cell i, o
