@@ -39,12 +39,31 @@ def bits(kind: str, value: Any) -> int:
     return ptx_tools.word(float(value) if kind == "fp32" else value)
 
 
+def flat(kind: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """(type, value) of each number of an argument, which may be a tuple of tuples."""
+    if isinstance(kind, tuple):
+        for one, part in zip(kind, value, strict=True):
+            yield from flat(one, part)
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those among arguments that may be tuples of tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors(part)
+
+
 class Launcher:
     """Compiles as the launch would on a device, and simulates."""
 
     def __init__(self) -> None:
         self.modules: dict[str, ptx_tools.Module] = {}
         self.fresh: list[Tensor] = []  # what kernels write: keeps its memory until the end of the op
+        self.filled: set[int] = set()  # those that torch has written
 
     def empty(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype or like.dtype)
@@ -54,6 +73,7 @@ class Launcher:
 
     def forget(self) -> None:
         self.fresh.clear()
+        self.filled.clear()
         ptx_tools.library().ptx_forget()
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> None:
@@ -61,11 +81,16 @@ class Launcher:
         if compiled.hash not in self.modules:
             self.modules[compiled.hash] = ptx_tools.Module(compiled.asm["ptx"])
         values = dict(zip(kernel.arg_names, args, strict=False)) | options
-        words = [
-            bits(kind.lstrip("*"), values[name]) for name, kind in compiled.src.signature.items() if kind != "constexpr"
-        ]
+        signature = compiled.src.signature.items()
+        numbers = [number for name, kind in signature for number in flat(kind, values[name])]
+        words = [bits(kind.lstrip("*"), value) for kind, value in numbers]
         words += [0, 0]  # Triton's own scratch, which these kernels have no use for
-        given = [t for t in args if isinstance(t, Tensor) and not self.is_fresh(t)]
+        for tensor in self.fresh:
+            if tensor.numel() and tensor._version and tensor.data_ptr() not in self.filled:  # torch wrote it
+                self.filled.add(tensor.data_ptr())
+                ptx_tools.library().ptx_unmap(tensor.data_ptr())
+                ptx_tools.map_tensor(tensor, written=True)
+        given = list({t.data_ptr(): t for t in tensors(args) if t.numel() and not self.is_fresh(t)}.values())
         for tensor in given:
             ptx_tools.map_tensor(tensor, written=True)
         size = grid(values) if callable(grid) else grid

@@ -173,7 +173,7 @@ def test_explain_attention() -> None:
     assert {c.backend: c.refused for c in call.candidates}["triton"] == "input is on cpu"
     assert call.notes == ["key is copied once: its last stride is 3, not 1"]
     with handtuned.backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel for this op"):
-        H.linear(X, torch.ones(3, 8))
+        handtuned.backends.choose("append_kv", q.device, q.dtype)
 
 
 def test_explain_passes_keywords_and_errors_on() -> None:

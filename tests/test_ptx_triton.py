@@ -1,4 +1,4 @@
-"""The sm_80 PTX of the Triton norms, executed: what Triton's interpreter cannot show, because it never sees the PTX.
+"""The sm_80 PTX of the Triton kernels, executed: what Triton's interpreter cannot show, because it never sees the PTX.
 
 Every access lies inside a tensor and reads something that was written; values meet the contract against float64.
 """
@@ -17,8 +17,11 @@ import torch
 if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
 
+import attention_cases
+import attention_numerics
 import numerics
 import ptx_tools
+import rnn_cases
 
 import handtuned
 
@@ -56,12 +59,63 @@ def check(name: str, launcher: Any) -> None:
     assert launcher.modules, "no kernel was launched"
 
 
+# Recurrent layers: one launch for all steps, and with a projection one for each; products on tensor cores.
+EVERY_CASE = "HANDTUNED_EVERY_CASE" in os.environ
+RECURRENT = {
+    case.name: case
+    for case in (
+        rnn_cases.Case("LSTM", (3, 3, 16, 32), lengths=(3, 1, 2), bidirectional=True, states=True, dtype=BF16),
+        rnn_cases.Case("GRU", (3, 2, 8, 21), layers=2, states=True),
+        rnn_cases.Case("LSTM", (2, 2, 4, 18), proj=5, states=True),
+    )[: None if EVERY_CASE else 2]
+}
+ATTENTION = {
+    case.name: case
+    for case in (
+        attention_cases.Case((1, 2, 19, 35, 12), causal=True, kv_heads=1, dtype=BF16),
+        attention_cases.Case((1, 1, 18, 21, 19), mask="add", mask_dims="qk", dropout=0.2),
+    )[: None if EVERY_CASE else 1]
+}
+
+
+def check_recurrent(name: str, launcher: Any) -> None:
+    case = RECURRENT[name]
+    t = rnn_cases.tensors(case)
+    with handtuned.backend("triton"), handtuned.strict():
+        found = rnn_cases.results(case, t)
+    rtol, atol = (6e-2, 6e-2) if case.dtype == BF16 else (1e-4, 2e-5)
+    for key, truth in rnn_cases.exact(case, t).items():
+        torch.testing.assert_close(found[key].double(), truth, rtol=rtol, atol=atol, equal_nan=True)
+    assert len(launcher.modules) >= 3
+
+
+def check_attention(name: str, launcher: Any) -> None:
+    case = ATTENTION[name]
+    t = attention_cases.tensors(case)
+    truth = attention_numerics.exact(case, t, attention_numerics.dropout_factor(case, t, numerics.draw_seed(0)))
+    numerics.draw_seed(0)
+    with handtuned.backend("triton"), handtuned.strict():
+        found = attention_cases.results(case, t)
+    attention_numerics.check_every_element(case, found, truth)
+    assert len(launcher.modules) >= 4
+
+
 @cache
-def executed() -> dict[str, dict[str, Any]]:
+def executed(function: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     ptx_tools.library()
-    return ptx_triton.in_a_process("test_ptx_triton:check", list(CASES))
+    return ptx_triton.in_a_process(f"test_ptx_triton:{function}", names)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_contract(name: str) -> None:
-    assert executed()[name]["wrong"] is None
+    assert executed("check", tuple(CASES))[name]["wrong"] is None
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers(name: str) -> None:
+    assert executed("check_recurrent", tuple(RECURRENT))[name]["wrong"] is None
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str) -> None:
+    assert executed("check_attention", tuple(ATTENTION))[name]["wrong"] is None

@@ -35,9 +35,9 @@ def _activated(z, ACTIVATION: tl.constexpr):
         share = 0.5 * (1.0 + tl.erf(z * ROOT_HALF))
         y, slope = z * share, share + z * DENSITY * tl.exp2(-0.5 * z * z * LOG2_E)
     elif ACTIVATION == GELU_TANH:
-        t = tanh(ROOT_2_BY_PI * (z + 0.044715 * z * z * z))
+        t = tanh((z + 0.044715 * z * z * z) * ROOT_2_BY_PI)
         y = 0.5 * z * (1.0 + t)
-        slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * (ROOT_2_BY_PI * (1.0 + 3.0 * 0.044715 * z * z))
+        slope = 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * ((1.0 + 3.0 * 0.044715 * z * z) * ROOT_2_BY_PI)
     elif ACTIVATION == SILU:
         s = 1.0 / (1.0 + tl.exp2(-z * LOG2_E))
         y, slope = z * s, s * (1.0 + z * (1.0 - s))
