@@ -117,6 +117,9 @@ def test_nothing_runs_on_a_lost_device(tmp_path: Path) -> None:
 def test_a_wrong_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     original = gpu_check.norm_results
     monkeypatch.setattr(gpu_check, "norm_results", lambda *a: {name: v + 1 for name, v in original(*a).items()})
+    for others in (gpu_check.ac, gpu_check.rc):
+        monkeypatch.setattr(others, "CASES", [])
+    monkeypatch.setattr(gpu_check, "WIDE_LAYERS", ())
     rows = gpu_check.checks(gpu_check.Dry() if gpu_check.simt_tools.LIBRARY.exists() else Broken(), quick=True)
     assert rows[0].status == "wrong"
     assert "output: rms error" in rows[0].why
