@@ -28,6 +28,7 @@ import attention_cases as ac
 import attention_numerics as an
 import cases
 import numerics
+import rnn_cases as rc
 import simt_tools
 import torch
 from torch import Tensor
@@ -184,14 +185,16 @@ def attempt(rows: list[Row], row: Row, device: Device, work: Callable[[Row], Non
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 MOST_ELEMENTS = 20_000  # what the emulator needs a tenth of a second for
+# Layers whose barrier is of several blocks on a large device too, and whose weights are in registers and beside them.
+WIDE_LAYERS = (rc.Case("LSTM", (3, 3, 5, 520)), rc.Case("LSTM", (2, 1, 1, 1800), proj=8, bias=False))
 
 
 @contextlib.contextmanager
 def fixed_seed(seed: Tensor) -> Iterator[None]:
     """Dropout draws this Philox key, on whatever device."""
-    from handtuned.nn.functional import attention, norm
+    from handtuned.nn.functional import attention, norm, recurrent
 
-    modules = (attention, norm)
+    modules = (attention, norm, recurrent)
     before = norm._draw_seed
     for module in modules:
         module._draw_seed = lambda input: seed.to(input.device)  # type: ignore[attr-defined]
@@ -226,6 +229,13 @@ def norm_results(case: cases.Case, t: cases.Tensors, device: torch.device) -> di
 def attention_results(case: ac.Case, t: ac.Tensors, device: torch.device) -> dict[str, Tensor]:
     """Likewise."""
     return {name: v.cpu() for name, v in ac.results(case, all_moved(t, device)).items()}
+
+
+def rnn_results(case: rc.Case, t: rc.Tensors, device: torch.device) -> dict[str, Tensor]:
+    """Likewise; lengths stay on the CPU."""
+    weights = tuple(moved(weight, device) for weight in t.weights)
+    there = replace(all_moved(t, device), weights=weights, lengths=t.lengths)
+    return {name: v.cpu() for name, v in rc.results(case, there).items()}
 
 
 Results = Callable[[torch.device], dict[str, Tensor]]
@@ -280,10 +290,26 @@ def check_attention(row: Row, case: ac.Case, backend: str, device: Device) -> No
         row.status, row.why = "wrong", str(error)
 
 
+def check_rnn(row: Row, case: rc.Case, backend: str, device: Device) -> None:
+    """Errors against float64 in units of the type, of a whole tensor's largest value: gates round on every step."""
+    t = rc.tensors(case)
+    with fixed_seed(numerics.draw_seed(0)):
+        truth = rc.exact(case, t)
+    wrong = []
+    for name, tensor in compared(row, lambda d: rnn_results(case, t, d), backend, device).items():
+        unit = torch.finfo(tensor.dtype).eps * max(1.0, float(truth[name].abs().max()))
+        error = float((tensor.double() - truth[name]).abs().max()) / unit
+        if not error <= 32:
+            wrong.append(f"{name}: {error:.0f} eps of the largest value")
+    if wrong:
+        row.status, row.why = "wrong", "; ".join(wrong)
+
+
 def checks(device: Device, quick: bool) -> list[Row]:
     rows: list[Row] = []
     norms = [case for case in cases.CASES if case.elements <= MOST_ELEMENTS]
     attentions = [case for case in ac.CASES if case.elements <= MOST_ELEMENTS]
+    layers = [*(case for case in rc.CASES if case.elements <= MOST_ELEMENTS), *WIDE_LAYERS]
     for backend in ("cuda", "triton"):
         for case in norms[:: 8 if quick else 1]:
             row = Row("check", "norm", case.name, backend)
@@ -291,6 +317,9 @@ def checks(device: Device, quick: bool) -> list[Row]:
         for one in attentions[:: 31 if quick else 1]:
             row = Row("check", "attention", one.name, backend)
             attempt(rows, row, device, lambda r, c=one, b=backend: check_attention(r, c, b, device))  # type: ignore[misc]
+        for layer in layers[:: 10 if quick else 1]:
+            row = Row("check", "rnn", layer.name, backend)
+            attempt(rows, row, device, lambda r, c=layer, b=backend: check_rnn(r, c, b, device))  # type: ignore[misc]
     return rows
 
 

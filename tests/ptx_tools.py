@@ -192,10 +192,10 @@ def cuda_module(sources: str | tuple[str, ...], *flags: str) -> Module:
 
 
 @contextmanager
-def simulated(module: Module, seed: int = 0, junk: bool = False) -> Iterator[None]:
+def simulated(module: Module, seed: int = 0, junk: bool = False, device: tuple[int, int] = (0, 0)) -> Iterator[None]:
     """Inside, ops with a CUDA kernel run its PTX on CPU tensors. The launchers are those of the emulator's library."""
     serve = ctypes.cast(library().ptx_serve, ctypes.c_void_p)
-    with simt_tools.emulated() as emulator:
+    with simt_tools.emulated(device=device) as emulator:
         emulator.library.simt_execute_elsewhere.argtypes = (ctypes.c_void_p,)
         emulator.library.simt_execute_elsewhere(serve)
         library().ptx_choose(module.handle)

@@ -127,8 +127,6 @@ def occupancy(architecture: int, threads: int, registers: int, shared: int) -> i
 LAUNCHES = [(cols, dtype) for cols in (768, 1024, 4096, 8192) for dtype in (torch.bfloat16, torch.float32)]
 TYPES = {torch.bfloat16: "bf16", torch.float32: "float"}
 RNN_THREADS = 256  # of a block
-# Bytes at most: with 128 registers of weights a thread spills a few numbers of a step's bookkeeping.
-SPILLS = {"rnn_steps_kernel": 732, "rnn_steps_back_kernel": 224, "rnn_grad_input_kernel": 16}
 
 
 def launched(cols: int, dtype: torch.dtype) -> dict[str, tuple[int, int]]:
@@ -176,7 +174,7 @@ def on_tensor_cores(name: str) -> bool:
 
 def test_no_spills(cubins: dict[int, dict[str, Kernel]]) -> None:
     for architecture, found in cubins.items():
-        spilling = {name: k for name, k in found.items() if k.spills > SPILLS.get(name.split("<")[0], 0)}
+        spilling = {name: k for name, k in found.items() if k.spills}
         assert not spilling, f"sm_{architecture}: {spilling}"
 
 
@@ -190,7 +188,7 @@ def test_registers_and_occupancy_stay_within_budget(cubins: dict[int, dict[str, 
         f"{name} {kept} bytes": {
             f"sm{a}": occupancy(a, RNN_THREADS, k.registers, kept) for a in ARCHITECTURES if (k := cubins[a].get(name))
         }
-        for name, kept in (("rnn_steps_kernel<float, true>", 9 << 10), ("rnn_steps_kernel<float, false>", 140 << 10))
+        for name, kept in (("rnn_steps_kernel<float, true>", 57 << 10), ("rnn_steps_kernel<float, false>", 140 << 10))
     }
     warps |= {
         f"{name} {cols}": {
@@ -243,8 +241,7 @@ def test_instruction_mix(cubins: dict[int, dict[str, Kernel]]) -> None:
                 pytest.skip("no disassembler: it comes with triton")
             steps = "rnn_steps" in name
             for opcode in kernel.mix:
-                local = () if name.split("<")[0] in SPILLS else ("LDL", "STL")
-                assert not opcode.startswith((*local, "ATOM")), f"sm_{architecture} {name}: {opcode}"
+                assert not opcode.startswith(("LDL", "STL", "ATOM")), f"sm_{architecture} {name}: {opcode}"
                 assert steps or not opcode.startswith("RED."), f"sm_{architecture} {name}: {opcode}"
             if steps and "double" not in name:
                 assert sum(n for o, n in kernel.mix.items() if o.startswith("LDG.E.128")) >= 8, name

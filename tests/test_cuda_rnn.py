@@ -48,13 +48,13 @@ def everything(case: Case) -> dict[str, Tensor]:
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", sampled([c for c in CASES if c.elements <= 20_000], 8), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", sampled([c for c in CASES if c.elements <= 20_000], 12), ids=lambda c: c.name)
 def test_contract(case: Case) -> None:
     with simt_tools.emulated("random", seed=1), handtuned.strict():
         check_contract(case)
 
 
-@pytest.mark.parametrize("case", served(PAIRS), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", sampled(served(PAIRS), 2), ids=lambda c: c.name)
 def test_every_pair_of_options(case: Case) -> None:
     with simt_tools.emulated("random", seed=2), handtuned.strict():
         close(case, 0, 1e-4, 2e-5)
@@ -82,7 +82,7 @@ LARGE = [
     Case("RNN_TANH", (2, 3, 2, 517), states=True, dtype=F64),
     Case("LSTM", (2, 2, 2, 261), states=True, proj=130, dtype=F64),
     Case("LSTM", (3, 9, 70, 66), layers=2, dtype=BF16),
-    Case("LSTM", (2, 9, 2, 1800), proj=8, bias=False),
+    Case("LSTM", (2, 2, 2, 1800), proj=8, bias=False),
 ]
 
 

@@ -144,6 +144,7 @@ void Fiber::started() const {
 }
 
 #ifdef SIMT_THREAD_SANITIZER
+const bool thread_sanitizer = true;
 void publish(void* place) { __tsan_release(place); }
 void observe(void* place) { __tsan_acquire(place); }
 void ignore_accesses(bool begin) {
@@ -155,6 +156,7 @@ void reuse_stacks() {
   retired.clear();
 }
 #else
+const bool thread_sanitizer = false;
 void publish(void*) {}
 void observe(void*) {}
 void ignore_accesses(bool) {}

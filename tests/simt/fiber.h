@@ -25,6 +25,7 @@ class Fiber {
 
 // What orders memory, for ThreadSanitizer: all that was done before publish(place) comes before what follows an
 // observe(place). Nothing without it.
+extern const bool thread_sanitizer;  // there is one: it finds races on global memory
 void publish(void* place);
 void observe(void* place);
 

@@ -90,7 +90,9 @@ EQUIVALENT: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);|signal\(\w+\);|wait_for\([^;]+\);")
+BARRIER = re.compile(
+    r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);|signal\(\w+\);|wait_for\([^;]+\);"
+)
 IF = re.compile(r"\bif \(")
 FOR = re.compile(r"\bfor \(")
 TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?{}]|\([^()]*\)|[<>=!]=)+) \? ")
