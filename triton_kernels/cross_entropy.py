@@ -168,7 +168,8 @@ def logits_backward_kernel(
 
 
 def _block(classes: int) -> int:
-    return min(2048, max(128, triton.next_power_of_2(classes)))
+    block: int = min(2048, max(128, triton.next_power_of_2(classes)))
+    return block
 
 
 def _rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

@@ -84,16 +84,31 @@ def tune_attention(
     device = _device()
     query = torch.randn(4, 16, 1 if kernel == "decode" else rows, width, device=device).to(dtype)
     key = torch.randn(4, 16, rows, width, device=device).to(dtype)
-    rest: tuple[Any, ...] = (None, None, None, None)
     options = (width**-0.5, True, -1, 0, 0.0, 0.0, None)
+    given: tuple[Any, ...] = (query, key, key, *[None] * 7, *options)
+    output, lse = attention.attention(*given)
+    saved: tuple[Any, ...] = (
+        output,
+        None,
+        query,
+        key,
+        key,
+        output,
+        lse,
+        *[None] * 6,
+        *options,
+        True,
+        True,
+        True,
+        False,
+        False,
+    )
 
     def run() -> Any:
         if kernel in ("forward", "decode"):
-            return attention.attention(query, key, key, *rest, None, None, None, *options)
-        saved = (output, None, query, key, key, output, lse)
-        return attention.attention_backward(*saved, *rest, None, None, *options, True, True, True, False, False)
+            return attention.attention(*given)
+        return attention.attention_backward(*saved)
 
-    output, lse = attention.attention(query, key, key, *rest, None, None, None, *options)
     tile = tuning.attention(kernel, width, width, query)
     keys = (tuning.architecture(device), kernel, str(dtype.itemsize), str(tuning.attention_bucket(width)))
     # AttentionConfig ends with the widest block, which is not tried.

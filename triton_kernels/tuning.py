@@ -112,7 +112,8 @@ def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) ->
 
 
 def attention_bucket(width: int) -> int:
-    return max(32, triton.next_power_of_2(width))
+    bucket: int = max(32, triton.next_power_of_2(width))
+    return bucket
 
 
 def careful(config: AttentionConfig) -> AttentionConfig:
