@@ -20,10 +20,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import attention_cases as ac
+import attention_numerics as an
 import cases
 import numerics
 import simt_tools
@@ -187,44 +189,76 @@ MOST_ELEMENTS = 20_000  # what the emulator needs a tenth of a second for
 @contextlib.contextmanager
 def fixed_seed(seed: Tensor) -> Iterator[None]:
     """Dropout draws this Philox key, on whatever device."""
-    from handtuned.nn.functional import norm
+    from handtuned.nn.functional import attention, norm
 
+    modules = (attention, norm)
     before = norm._draw_seed
-    norm._draw_seed = lambda input: seed.to(input.device)
+    for module in modules:
+        module._draw_seed = lambda input: seed.to(input.device)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        norm._draw_seed = before
+        for module in modules:
+            module._draw_seed = before  # type: ignore[attr-defined]
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor on the device, with its strides; anything else as it is."""
+    if not isinstance(value, Tensor) or device.type == "cpu":
+        return value
+    if 0 in value.stride():
+        return value.to(device)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+
+
+def all_moved(tensors: Any, device: torch.device) -> Any:
+    """A dataclass of tensors."""
+    return replace(tensors, **{f.name: moved(getattr(tensors, f.name), device) for f in fields(tensors)})
 
 
 def norm_results(case: cases.Case, t: cases.Tensors, device: torch.device) -> dict[str, Tensor]:
-    """Outputs and gradients, on the CPU. Strides go along to the device."""
-
-    def move(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or device.type == "cpu":
-            return tensor
-        if 0 in tensor.stride():
-            return tensor.to(device)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
-
-    moved: dict[str, Any] = {name: move(getattr(t, name)) for name in cases.Tensors.__dataclass_fields__}
-    there = cases.Tensors(**moved)
+    """Outputs and gradients, on the CPU."""
+    there = all_moved(t, device)
     leaves = there.leaves()
     return {name: v.cpu() for name, v in cases.results(cases.run(case, leaves), leaves, there).items()}
 
 
-def check_norm(row: Row, case: cases.Case, backend: str, device: Device) -> None:
-    seed = numerics.draw_seed(0)
-    drawn = numerics.drawn(case, 0)
-    with fixed_seed(seed):
+def attention_results(case: ac.Case, t: ac.Tensors, device: torch.device) -> dict[str, Tensor]:
+    """Likewise."""
+    return {name: v.cpu() for name, v in ac.results(case, all_moved(t, device)).items()}
+
+
+Results = Callable[[torch.device], dict[str, Tensor]]
+
+
+def compared(row: Row, results: Results, backend: str, device: Device) -> dict[str, Tensor]:
+    """Results of the device; the row says how far they are from the emulator's."""
+    with fixed_seed(numerics.draw_seed(0)):
         with device.kernels(backend):
-            found = norm_results(case, drawn.tensors, device.torch_device)
-        emulated = None
-        if simt_tools.LIBRARY.exists():
-            with simt_tools.emulated():
-                emulated = norm_results(case, drawn.tensors, torch.device("cpu"))
-    wrong, distance = [], 0.0
+            found = results(device.torch_device)
+        if not simt_tools.LIBRARY.exists():
+            row.figures[FROM_EMULATOR] = None
+            return found
+        with simt_tools.emulated():
+            emulated = results(torch.device("cpu"))
+    distance = 0.0
     for name, tensor in found.items():
+        wanted, actual = emulated[name].double(), tensor.double()
+        finite = wanted.isfinite()
+        if finite.any():
+            unit = torch.finfo(tensor.dtype).eps * (float(wanted[finite].abs().max()) or 1.0)
+            distance = max(distance, float((actual - wanted)[finite].abs().max()) / unit)
+    row.figures[FROM_EMULATOR] = round(distance, 2)
+    return found
+
+
+FROM_EMULATOR = "from the emulator, eps of the largest value"
+
+
+def check_norm(row: Row, case: cases.Case, backend: str, device: Device) -> None:
+    drawn = numerics.drawn(case, 0)
+    wrong = []
+    for name, tensor in compared(row, lambda d: norm_results(case, drawn.tensors, d), backend, device).items():
         torchs, eps = drawn.torchs[name], torch.finfo(tensor.dtype).eps
         numerics.check_same_non_finite(name, tensor, torchs)
         if not torchs.isfinite().all():
@@ -233,21 +267,30 @@ def check_norm(row: Row, case: cases.Case, backend: str, device: Device) -> None
         errors.add(tensor, torchs, drawn.truth[name])
         if excess := errors.excess():
             wrong.append(f"{name}: {excess}")
-        if emulated is not None and tensor.numel():
-            scale = float(torchs.double().abs().max()) or 1.0
-            distance = max(distance, float((tensor.double() - emulated[name].double()).abs().max()) / (eps * scale))
-    row.figures["from the emulator, eps of the largest value"] = None if emulated is None else round(distance, 2)
     if wrong:
         row.status, row.why = "wrong", "; ".join(wrong)
 
 
+def check_attention(row: Row, case: ac.Case, backend: str, device: Device) -> None:
+    drawn = an.drawn(case, 0)
+    found = compared(row, lambda d: attention_results(case, drawn.tensors, d), backend, device)
+    try:
+        an.check_every_element(case, found, drawn.truth, pairs=an.on_gpu(case.dtype))
+    except AssertionError as error:
+        row.status, row.why = "wrong", str(error)
+
+
 def checks(device: Device, quick: bool) -> list[Row]:
     rows: list[Row] = []
-    chosen = [case for case in cases.CASES if case.elements <= MOST_ELEMENTS]
+    norms = [case for case in cases.CASES if case.elements <= MOST_ELEMENTS]
+    attentions = [case for case in ac.CASES if case.elements <= MOST_ELEMENTS]
     for backend in ("cuda", "triton"):
-        for case in chosen[:: 8 if quick else 1]:
+        for case in norms[:: 8 if quick else 1]:
             row = Row("check", "norm", case.name, backend)
             attempt(rows, row, device, lambda r, c=case, b=backend: check_norm(r, c, b, device))  # type: ignore[misc]
+        for one in attentions[:: 31 if quick else 1]:
+            row = Row("check", "attention", one.name, backend)
+            attempt(rows, row, device, lambda r, c=one, b=backend: check_attention(r, c, b, device))  # type: ignore[misc]
     return rows
 
 
@@ -384,7 +427,7 @@ def report(device: Device, output: Path, quick: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: everything but the times")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the cases, one shape a family")
+    parser.add_argument("--quick", action="store_true", help="a sample of the cases, one shape a family")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), metavar="DIR")
     chosen = parser.parse_args(arguments)
     if chosen.dry_run:

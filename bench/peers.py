@@ -311,7 +311,7 @@ class OpenVino:
         if case.module is None:
             raise Unavailable("float32 modules, forward only")
         try:
-            import openvino  # type: ignore[import-not-found,unused-ignore]
+            import openvino  # type: ignore[import-not-found,import-untyped,unused-ignore]
         except ImportError as error:
             raise Unavailable(f"not installed: {error}; pip install openvino") from error
         settings = {

@@ -298,19 +298,26 @@ def dropout_factor(case: ac.Case, t: ac.Tensors, seed: Tensor) -> Tensor | None:
     return reference.dropout_factor(shape, 1, case.dropout, seed, torch.float64)
 
 
+def on_gpu(dtype: torch.dtype) -> bool:
+    """Whether kernels for GPUs take operands of the dtype as they are, and not converted to float32."""
+    return dtype in (torch.bfloat16, torch.float16)
+
+
 def multiplies_pairs(dtype: torch.dtype) -> bool:
-    """Whether the kernels in force take operands of the dtype as they are, and not converted to float32."""
+    """Whether the kernels in force do."""
     if simt_tools.running or handtuned.backends._state.backend == "triton":
-        return dtype in (torch.bfloat16, torch.float16)
+        return on_gpu(dtype)
     isa = next(row for row in handtuned._C.isa_table() if row["name"] == handtuned._C.isa())
     return dtype == torch.bfloat16 and isa["multiplies_bf16"]
 
 
-def check_every_element(case: ac.Case, ours: dict[str, Tensor], truth: Exact) -> None:
+def check_every_element(case: ac.Case, ours: dict[str, Tensor], truth: Exact, pairs: bool | None = None) -> None:
     """Sums in float32 (float64), one rounding at the end; what needs delta = grad . output also meets output's.
 
-    Where bf16 is multiplied as bf16, so are the weights and their gradients: they are rounded once more in between.
+    Where bf16 is multiplied as bf16 (pairs; None: as the kernels in force do), so are the weights and their gradients:
+    they are rounded once more in between.
     """
+    pairs = multiplies_pairs(case.dtype) if pairs is None else pairs
     for name, tensor in ours.items():
         value, magnitude = truth.values[name], truth.magnitudes[name]
         sums = torch.finfo(torch.float64 if case.dtype == torch.float64 else torch.float32)
@@ -318,7 +325,7 @@ def check_every_element(case: ac.Case, ours: dict[str, Tensor], truth: Exact) ->
         allowed = ROUNDINGS * sums.eps * magnitude + stored.eps / 2 * abs(np.nan_to_num(value, neginf=0))
         if name in ("grad_query", "grad_key", "grad_mask", "grad_sinks") and narrow.bits == 16:
             allowed += narrow.eps / 2 * magnitude
-        if name in ("output", "grad_query", "grad_key", "grad_value") and multiplies_pairs(case.dtype):
+        if name in ("output", "grad_query", "grad_key", "grad_value") and pairs:
             allowed += narrow.eps / 2 * magnitude
         allowed += stored.tiny * stored.eps + sums.tiny * 1000  # where numbers are subnormal
         actual = wide(tensor).astype(value.dtype)

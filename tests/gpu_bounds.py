@@ -2,22 +2,24 @@
 
     python tests/gpu_bounds.py          prints them; with --write, puts them into docs/gpu.md
 
-Three bounds, of which the largest holds:
+Bounds, of which the largest holds:
   bytes       what an op must move, by the bandwidth of the data sheet
+  tensor      the products of tensor cores (mma), by their operations a second on bfloat16 of the data sheet
   arithmetic  the floating-point instructions that the kernel's PTX executes, by the multiprocessors' units
-  issue       those and its loads, stores, shuffles and votes, by the four schedulers of a multiprocessor, each of
-              which starts one a cycle. Address arithmetic and branches come on top; how many,
-              ptxas decides, so they are left out.
-The instructions are counted by the PTX simulator on a sample of rows. A bound is no time: no kernel reaches it.
+  issue       all of those and its loads, stores, shuffles and votes, by the four schedulers of a multiprocessor, each
+              of which starts one a cycle. Address arithmetic and branches come on top; how many, ptxas decides, so they
+              are left out.
+The instructions are counted by the PTX simulator on a sample. A bound is no time: no kernel reaches it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import attention_cases as ac
 import cases
 import ptx_tools
 import torch
@@ -27,23 +29,27 @@ from handtuned import ops
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- bounds: python tests/gpu_bounds.py --write -->\n", "<!-- end of bounds -->\n"
 ROWS, COLS, SAMPLE = 16384, 1024, 128
+BATCH, HEADS, LENGTH = 4, 16, 2048
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Data sheet: bytes a second, multiprocessors, cycles a second at boost, float32 units of a multiprocessor."""
+    """Data sheet: bytes a second, multiprocessors, cycles a second at boost, float32 units of a multiprocessor,
+    operations of tensor cores a second."""
 
     name: str
     bandwidth: float
     multiprocessors: int
     clock: float
     units: int
+    tensor: float
 
 
 GPUS = (
-    Gpu("A100 80 GB", 2.04e12, 108, 1.41e9, 64),
-    Gpu("H100 SXM", 3.35e12, 132, 1.98e9, 128),
-    Gpu("B200", 8.0e12, 148, 1.96e9, 128),
+    Gpu("A100 80 GB", 2.04e12, 108, 1.41e9, 64, 312e12),
+    Gpu("H100 SXM", 3.35e12, 132, 1.98e9, 128, 989e12),
+    Gpu("B200", 8.0e12, 148, 1.96e9, 128, 2250e12),
 )
 SCHEDULERS, WARP = 4, 32
 
@@ -55,11 +61,13 @@ class Work:
     bytes: float
     arithmetic: float
     issued: float
+    products: float = 0.0
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
         """Seconds."""
         cycles = gpu.multiprocessors * gpu.clock
-        return {
+        tensor = {"tensor": self.products * 2 * 16 * 8 * 16 / gpu.tensor} if self.products else {}
+        return tensor | {
             "bytes": self.bytes / gpu.bandwidth,
             "arithmetic": self.arithmetic * WARP / gpu.units / cycles,
             "issue": self.issued / SCHEDULERS / cycles,
@@ -88,33 +96,65 @@ def norm_rows(dtype: torch.dtype) -> dict[str, tuple[int, Callable[[], object]]]
     }
 
 
-def work(tensors: int, call: Callable[[], object], dtype: torch.dtype) -> Work:
-    with ptx_tools.simulated(ptx_tools.cuda_module("norm.cu")):
-        call()
-        counts = ptx_tools.counts()
-    scale = ROWS / SAMPLE
-    issued = counts.arithmetic + counts.memory + counts.exchanges
-    return Work(tensors * ROWS * COLS * dtype.itemsize, counts.arithmetic * scale, issued * scale)
+def norms() -> Iterator[tuple[str, torch.dtype, Work]]:
+    for dtype in SHORT:
+        for name, (tensors, call) in norm_rows(dtype).items():
+            with ptx_tools.simulated(ptx_tools.cuda_module("norm.cu")):
+                call()
+                counts = ptx_tools.counts()
+            yield name, dtype, work(tensors * ROWS * COLS * dtype.itemsize, counts, ROWS / SAMPLE)
+
+
+def attentions() -> Iterator[tuple[str, torch.dtype, Work]]:
+    """Keys of the sample are too few to be cut into chunks, as are those of the whole."""
+    rows, keys = 128, 448
+    for dtype in SHORT:
+        for width in (64, 128):
+            case = ac.Case((1, 1, rows, keys, width), dtype=dtype)
+            t = ac.tensors(case)
+            tensor, scale = BATCH * HEADS * LENGTH * width * dtype.itemsize, BATCH * HEADS * LENGTH**2 / (rows * keys)
+            with ptx_tools.simulated(ptx_tools.cuda_module(("attention.cu", "attention_backward.cu"))):
+                with torch.no_grad():
+                    ac.run(case, t)
+                forward = ptx_tools.counts()
+                ptx_tools.reset_counts()
+                ac.results(case, t)
+                both = ptx_tools.counts()
+            backward = ptx_tools.Counts(*(getattr(both, n) - getattr(forward, n) for n, _ in both._fields_))
+            yield f"forward, head dim {width}", dtype, work(4 * tensor, forward, scale)
+            yield f"backward, head dim {width}", dtype, work(8 * tensor, backward, scale)
+
+
+def work(bytes: float, counts: ptx_tools.Counts, scale: float) -> Work:
+    """scale: what the whole is of the sample."""
+    issued = counts.arithmetic + counts.memory + counts.exchanges + counts.products
+    return Work(bytes, counts.arithmetic * scale, issued * scale, counts.products * scale)
+
+
+def table(head: str, rows: Iterator[tuple[str, torch.dtype, Work]]) -> list[str]:
+    lines = [f"| {head} | dtype | {' | '.join(gpu.name for gpu in GPUS)} |", "|---|---|" + "---|" * len(GPUS)]
+    for name, dtype, of in rows:
+        cells = []
+        for gpu in GPUS:
+            ordered = sorted(of.bounds(gpu).items(), key=lambda item: -item[1])
+            (kind, most), *rest = ordered
+            others = ", ".join(f"{other} {seconds * 1e6:.1f}" for other, seconds in rest)
+            cells.append(f"≥ {most * 1e6:.1f} µs {kind} ({others})")
+        lines.append(f"| {name} | {SHORT[dtype]} | {' | '.join(cells)} |")
+    return lines
 
 
 def tables() -> str:
     """Markdown."""
     lines = [
-        f"{ROWS}×{COLS}; which of the three bounds it is stands behind the figure, and behind it the others.",
+        f"{ROWS}×{COLS}; which of the bounds it is stands behind the figure, and behind it the others.",
         "",
-        f"| op | dtype | {' | '.join(gpu.name for gpu in GPUS)} |",
-        "|---|---|" + "---|" * len(GPUS),
+        *table("norms", norms()),
+        "",
+        f"{BATCH} entries of {HEADS} heads, {LENGTH} queries and keys, every key seen:",
+        "",
+        *table("attention", attentions()),
     ]
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for name, (tensors, call) in norm_rows(dtype).items():
-            found = work(tensors, call, dtype)
-            cells = []
-            for gpu in GPUS:
-                ordered = sorted(found.bounds(gpu).items(), key=lambda item: -item[1])
-                (kind, most), *rest = ordered
-                others = ", ".join(f"{other} {seconds * 1e6:.1f}" for other, seconds in rest)
-                cells.append(f"≥ {most * 1e6:.1f} µs {kind} ({others})")
-            lines.append(f"| {name} | {short} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -54,3 +55,17 @@ def hunted(family: str) -> dict[int, str | None]:
     assert done.returncode == 0, f"the kernels as they are do not pass:\n{done.stdout[-2000:]}{done.stderr[-6000:]}"
     found = [json.loads(line) for line in done.stdout.splitlines()]
     return {-1: None} | {row["mutant"]: row["caught"] for row in found}
+
+
+def wrong_in_ptx(family: str, paths: Sequence[Path]) -> list[str | None]:
+    """What is wrong with a family's results or accesses to memory where its kernels are the PTX of each file."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/ptx_bounds.py", family, *paths],
+        env=preloaded(),
+        capture_output=True,
+        text=True,
+        timeout=2400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -168,11 +168,15 @@ NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the PTX that it emits is what is tested")
 
 
+def compile_cuda(source: str, *flags: str, architecture: int = 80) -> str:
+    """The PTX of a source of csrc/cuda; flags beside those of the build. Compiled once for all tests."""
+    return _compiled(source, flags, architecture)
+
+
 @functools.cache
-def compile_cuda(source: str, *flags: str) -> str:
-    """The PTX of a source of csrc/cuda for sm_80; flags beside those of the build."""
+def _compiled(source: str, flags: tuple[str, ...], architecture: int) -> str:
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
-        command = [str(NVCC), "-std=c++17", "-O3", "-arch=sm_80", f"-I{ROOT}/csrc/cuda", *flags, "-ptx"]
+        command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT}/csrc/cuda", *flags, "-ptx"]
         done = subprocess.run(
             [*command, str(ROOT / "csrc/cuda" / source), "-o", file.name], capture_output=True, text=True, check=False
         )
@@ -181,8 +185,10 @@ def compile_cuda(source: str, *flags: str) -> str:
 
 
 @functools.cache
-def cuda_module(source: str, *flags: str) -> Module:
-    return Module(compile_cuda(source, *flags))
+def cuda_module(sources: str | tuple[str, ...], *flags: str) -> Module:
+    """The kernels of one source, or of several."""
+    names = (sources,) if isinstance(sources, str) else sources
+    return Module("\n".join(compile_cuda(name, *flags) for name in names))
 
 
 @contextmanager

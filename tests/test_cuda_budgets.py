@@ -2,7 +2,8 @@
 
 A budget is committed in cuda_budgets.json; a kernel that takes more fails. After a wanted change:
 HANDTUNED_EVERY_MUTANT=1 HANDTUNED_WRITE_BUDGETS=1 pytest tests/test_cuda_budgets.py, and read the difference. The
-recurrent kernels are compiled for one architecture in make test, for all in make test-gpu-full.
+kernels of attention and of recurrent layers are compiled for one architecture in make test, for all in make
+test-gpu-full.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import collections
 import json
 import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from pathlib import Path
 
 import attention_cases
 import cases
+import ptx_tools
 import pytest
 import simt_tools
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = Path(__file__).parent / "cuda_budgets.json"
 ARCHITECTURES = (80, 90, 100)
 EVERY = "1" in (os.environ.get("HANDTUNED_EVERY_MUTANT"), os.environ.get("HANDTUNED_WRITE_BUDGETS"))
@@ -35,12 +35,7 @@ def architectures(source: str) -> tuple[int, ...]:
     return ARCHITECTURES if EVERY or source == "norm" else ARCHITECTURES[:1]
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((p for h in homes if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
-
-
-NVCC = find_nvcc()
+NVCC = ptx_tools.NVCC
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: registers and instructions are what it decides")
 
 
@@ -60,10 +55,10 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def compiled(architecture: int, source: str, folder: Path) -> dict[str, Kernel]:
-    cubin = folder / f"{source}_{architecture}.cubin"
-    flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT}/csrc/cuda", "-Xptxas", "-v", "-cubin"]
+    ptx, cubin = (folder / f"{source}_{architecture}.{kind}" for kind in ("ptx", "cubin"))
+    ptx.write_text(ptx_tools.compile_cuda(f"{source}.cu", architecture=architecture))
     done = subprocess.run(
-        [str(NVCC), *flags, str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(cubin)],
+        [str(NVCC), "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin", str(ptx), "-o", str(cubin)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,6 +1,6 @@
-"""The CUDA norms under ThreadSanitizer (simt/races.cpp): no two CUDA threads touch one address of global or shared
-memory, one of them storing, without a barrier between them, of whatever blocks they are; and such a pair would be
-found."""
+"""The CUDA norms and recurrent layers under ThreadSanitizer (simt/races.cpp): no two CUDA threads touch one address of
+global or shared memory, one of them storing, without a barrier between them, of whatever blocks they are; and such a
+pair would be found."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def races(name: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("name", ["norms", "barrier", "warp_barrier", "blocks", "two_launches"])
+@pytest.mark.parametrize("name", ["norms", "rnns", "barrier", "warp_barrier", "blocks", "blocks_meet", "two_launches"])
 def test_no_race(name: str) -> None:
     status, report = races(name)
     assert status == 0, report[-6000:]
 
 
-@pytest.mark.parametrize("name", ["no_barrier", "no_warp_barrier", "shuffle", "blocks_one_word"])
+@pytest.mark.parametrize("name", ["no_barrier", "no_warp_barrier", "shuffle", "blocks_one_word", "blocks_do_not_meet"])
 def test_a_race_is_found(name: str) -> None:
     status, report = races(name)
     assert status == 66

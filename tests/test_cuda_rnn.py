@@ -74,13 +74,15 @@ def test_short_floats(case: Case, dtype: torch.dtype) -> None:
         check_short(case.with_(dtype=dtype))
 
 
-# More rows than a block takes between barriers; more steps than a stretch; a depth of several parts.
+# More rows than a block takes between barriers; more steps than a stretch; a depth of several parts; more of it in a
+# warp's part than registers are for.
 LARGE = [
     Case("LSTM", (2, 70, 3, 9), states=True),
     Case("GRU", (131, 1, 2, 3), states=True, bidirectional=True),
     Case("RNN_TANH", (2, 3, 2, 517), states=True, dtype=F64),
     Case("LSTM", (2, 2, 2, 261), states=True, proj=130, dtype=F64),
     Case("LSTM", (3, 9, 70, 66), layers=2, dtype=BF16),
+    Case("LSTM", (2, 9, 2, 1800), proj=8, bias=False),
 ]
 
 

@@ -8,11 +8,12 @@ import simt_tools
 
 
 def test_bounds_of_a_plain_gpu() -> None:
-    """One multiprocessor at 1 Hz that moves a byte a second: 64 units take two cycles for a warp, and four instructions
-    are issued a cycle."""
-    gpu = gpu_bounds.Gpu("plain", 1.0, 1, 1.0, 64)
+    """One multiprocessor at 1 Hz that moves a byte a second: 64 units serve two warps a cycle, four instructions
+    are issued a cycle, and tensor cores do 1024 operations a second, of 4096 that a product has."""
+    gpu = gpu_bounds.Gpu("plain", 1.0, 1, 1.0, 64, 1024.0)
     found = gpu_bounds.Work(bytes=100, arithmetic=10, issued=40).bounds(gpu)
     assert found == {"bytes": 100.0, "arithmetic": 5.0, "issue": 10.0}
+    assert gpu_bounds.Work(bytes=1, arithmetic=2, issued=4, products=3).bounds(gpu)["tensor"] == 12.0
 
 
 @ptx_tools.needs_nvcc

@@ -30,7 +30,8 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read(tmp_path)["rows"]
     assert status == 0, [row for row in rows if row["status"] in ("wrong", "failed")]
     checks = [row for row in rows if row["part"] == "check" and row["kernels"] == "cuda"]
-    assert len(checks) > 15
+    assert {row["family"] for row in checks} == {"norm", "attention"}
+    assert len(checks) > 25
     assert all(row["status"] == "ok" for row in checks)
     # The emulator stands for the device: its results are its own.
     assert {row["figures"]["from the emulator, eps of the largest value"] for row in checks} == {0.0}

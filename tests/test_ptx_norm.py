@@ -7,14 +7,11 @@ held to the contract against float64. Registers and SASS are in test_cuda_budget
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cases
+import hunting
 import numerics
 import ptx_tools
 import pytest
@@ -24,10 +21,8 @@ import torch
 
 pytestmark = ptx_tools.needs_nvcc
 
-ROOT = Path(__file__).resolve().parents[1]
-EVERY = os.environ.get("HANDTUNED_EVERY_MUTANT") == "1"
 SMALL = [c for c in cases.CASES if c.elements < 20_000]
-CASES = [*SMALL, *(c for c in test_cuda_norm.EVERY_WIDTH if c.elements < (100_000 if EVERY else 30_000))]
+CASES = [*SMALL, *(c for c in test_cuda_norm.EVERY_WIDTH if c.elements < (100_000 if hunting.EVERY else 30_000))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -46,7 +41,7 @@ def test_bits_and_traffic_are_the_emulators(case: cases.Case) -> None:
     assert counts.instructions > 0 or case.elements == 0
 
 
-@pytest.mark.parametrize("case", CASES if EVERY else CASES[::5], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", CASES if hunting.EVERY else CASES[::5], ids=lambda c: c.name)
 @pytest.mark.usefixtures("poison")
 def test_contract(case: cases.Case) -> None:
     with ptx_tools.simulated(ptx_tools.cuda_module("norm.cu"), junk=True):
@@ -74,16 +69,8 @@ def test_every_access_is_inside_a_tensor(tmp_path: Path) -> None:
     paths = [tmp_path / "norm.ptx", tmp_path / "further.ptx"]
     for path, content in zip(paths, (text, further), strict=True):
         path.write_text(content)
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/ptx_bounds.py", *paths],
-        env=test_cuda_norm.preloaded(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    right, wrong = map(json.loads, done.stdout.splitlines())
+    right, wrong = hunting.wrong_in_ptx("norm", paths)
     assert right is None
+    assert wrong is not None
     assert "global memory outside every tensor" in wrong
     assert "st.global.v4." in wrong

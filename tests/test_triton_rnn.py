@@ -22,6 +22,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
 import numerics
 import rnn_cases as rc
 import triton_tools
+from handtuned.triton_kernels import common, tuning
 from rnn_cases import Case
 from test_rnn_variants import ALL_OF, PAIRS
 from torch import Tensor
@@ -29,7 +30,6 @@ from torch import Tensor
 import handtuned
 from handtuned import FallbackWarning, nn
 from handtuned.nn import functional as H
-from handtuned.triton_kernels import common, tuning
 
 triton_tools.mend_bfloat16()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device Triton is not interpreted")

@@ -168,8 +168,7 @@ def logits_backward_kernel(
 
 
 def _block(classes: int) -> int:
-    block: int = min(2048, max(128, triton.next_power_of_2(classes)))
-    return block
+    return min(2048, max(128, int(triton.next_power_of_2(classes))))
 
 
 def _rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

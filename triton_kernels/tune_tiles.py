@@ -84,31 +84,18 @@ def tune_attention(
     device = _device()
     query = torch.randn(4, 16, 1 if kernel == "decode" else rows, width, device=device).to(dtype)
     key = torch.randn(4, 16, rows, width, device=device).to(dtype)
+    rest = (None, None, None, None)
     options = (width**-0.5, True, -1, 0, 0.0, 0.0, None)
-    given: tuple[Any, ...] = (query, key, key, *[None] * 7, *options)
-    output, lse = attention.attention(*given)
-    saved: tuple[Any, ...] = (
-        output,
-        None,
-        query,
-        key,
-        key,
-        output,
-        lse,
-        *[None] * 6,
-        *options,
-        True,
-        True,
-        True,
-        False,
-        False,
-    )
+    inputs: list[Any] = [query, key, key, *rest, None, None, None, *options]
 
     def run() -> Any:
         if kernel in ("forward", "decode"):
-            return attention.attention(*given)
+            return attention.attention(*inputs)
         return attention.attention_backward(*saved)
 
+    output, lse = attention.attention(*inputs)
+    saved: list[Any] = [output, None, query, key, key, output, lse, *rest, None, None, *options]
+    saved += [True, True, True, False, False]  # gradients of query, key and value
     tile = tuning.attention(kernel, width, width, query)
     keys = (tuning.architecture(device), kernel, str(dtype.itemsize), str(tuning.attention_bucket(width)))
     # AttentionConfig ends with the widest block, which is not tried.

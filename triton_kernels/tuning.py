@@ -112,8 +112,7 @@ def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) ->
 
 
 def attention_bucket(width: int) -> int:
-    bucket: int = max(32, triton.next_power_of_2(width))
-    return bucket
+    return max(32, int(triton.next_power_of_2(width)))
 
 
 def careful(config: AttentionConfig) -> AttentionConfig:

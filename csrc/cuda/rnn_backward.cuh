@@ -34,7 +34,7 @@ struct BackwardLayer {
   const A* grad_output = nullptr;  // [rows][directions * state] of the layer above, nullptr: the caller's
   const A* output = nullptr;       // of the forward, likewise
   const A* keep[2]{};
-  int64_t ring_pitch = 0, r_pitch = 0;
+  int ring_pitch = 0, r_pitch = 0;
   A *ring = nullptr, *r_ring = nullptr;  // [direction][2][batch][gates * hidden]; [direction][batch][state]
   A *d[2]{}, *grad_r[2]{};               // [rows][slots][hidden]; [rows][state]
   A *dh = nullptr, *dc = nullptr;        // [direction][batch][state]; [..][hidden]
@@ -145,9 +145,9 @@ __device__ inline Accumulate<T> step_back(const BackwardLayer<T>& y, const Unit&
 
 // Without a projection: the cells of own units, whose dh is of the same units.
 template <class T>
-__device__ inline void step_units(const BackwardLayer<T>& y, int direction, int64_t step, int64_t places, int64_t first,
+__device__ inline void step_units(const BackwardLayer<T>& y, int direction, int64_t step, int places, int64_t first,
                                   int units) {
-  for (int64_t i = threadIdx.x; i < places * units; i += blockDim.x) {
+  for (int i = threadIdx.x; i < places * units; i += blockDim.x) {
     const Unit u(y.p, direction, step, i / units, first + i % units);
     const auto gradient = take_gradient(y, u);
     with_cell<Accumulate<T>>(y.p.cell, [&](auto cell) {
@@ -171,9 +171,9 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   BlockGroup blocks{y.words + d * (kWordsBytes / 2 / sizeof(unsigned)), gridDim.x};
 
   for (int64_t s = from - 1; s > to - 1; --s) {
-    const int64_t places = active_at(p, s);
+    const int places = int(active_at(p, s));
     if (y.projects && (phase == BackPhase::all || phase == BackPhase::output)) {
-      for (int64_t i = threadIdx.x; i < places * own.units; i += blockDim.x)
+      for (int i = threadIdx.x; i < places * own.units; i += blockDim.x)
         give_projection(y, Unit(p, d, s, i / own.units, own.first + i % own.units));
     }
     if (y.projects && phase == BackPhase::all) blocks.meet();

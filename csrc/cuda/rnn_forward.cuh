@@ -30,7 +30,8 @@ struct ForwardLayer {
   MatrixShape wh_shape{}, wr_shape{};
   const T *wx[2]{}, *wh[2]{}, *wr[2]{};
   const A *x_bias[2]{}, *h_bias[2]{}, *peepholes[2]{};
-  int64_t ring_pitch = 0, projected_pitch = 0, stretch = 0;
+  int ring_pitch = 0, projected_pitch = 0;
+  int64_t stretch = 0;
   const A* input = nullptr;  // [rows][width] of the layer below, under dropout; nullptr: the caller's
   A* output = nullptr;       // [rows][directions * state], nullptr: the caller's alone
   A* keep[2]{};              // of each direction, nullptr: nothing to keep
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kRnnThreads, 1)
   BlockGroup blocks{y.words + d * (kWordsBytes / 2 / sizeof(unsigned)), gridDim.x};
 
   for (int64_t s = from; s < to; ++s) {
-    const int64_t places = active_at(p, s);
+    const int places = int(active_at(p, s));
     if (phase != Phase::projection) {
       const A* x = y.x + ((d * y.stretch + s - begin) * p.batch * y.gates) * p.hidden;
       multiply_states(own, weights, y.plan, y.ring_row(d, s + 1, 0), y.ring_pitch, places,

@@ -11,8 +11,10 @@
 namespace handtuned::cuda {
 
 constexpr int kRnnThreads = 256, kRnnWarps = kRnnThreads / 32;
-constexpr int kChunksHeld = 8;          // at most, of a part of a matrix's depth: 32 lanes, 16 bytes of states each
-constexpr int64_t kCommonBlocks = 128;  // of a direction on a large GPU: a depth is cut into parts for those
+constexpr int kChunksHeld = 8;         // at most, of a part of a matrix's depth: 32 lanes, 16 bytes of states each
+constexpr int kChunksInRegisters = 5;  // of those; the others are in shared memory, so that nothing is spilled
+constexpr int kChunksBeside = kChunksHeld - kChunksInRegisters;
+constexpr int64_t kCommonBlocks = 128;       // of a direction on a large GPU: a depth is cut into parts for those
 constexpr int64_t kStretchBytes = 64 << 20;  // of the input's products that are made ahead of the steps
 constexpr int64_t kMostStretch = 128;        // steps; reading the weights once more takes as long as two
 constexpr int64_t kSumsBytes = 16 << 10;     // of shared memory, unless eight rows take more
@@ -36,7 +38,7 @@ struct SlicePlan {
 struct RnnPlan {
   SlicePlan main, second;  // second.blocks is 0 without a projection
   bool persistent;         // else a launch a step
-  bool in_registers;       // main's weights; second's are in shared memory where persistent
+  bool in_registers;       // main's weights, but for chunks beside; second's are in shared memory where persistent
   int blocks;              // of a direction
   int pitch, turn;         // of a row of sums; rows between barriers of a block
   int main_at, second_at;  // in shared memory, in bytes; sums are at 0
@@ -89,8 +91,10 @@ inline RnnPlan plan_rnn(const MatrixShape& main, const MatrixShape& second, cons
   const int64_t share = device.multiprocessors / p.directions;
   deal(share > 1 ? share : 1);
   plan.in_registers = wide == 4 && plan.main.pairs() <= kRnnWarps;
-  plan.second_at = plan.main_at + int(plan.in_registers ? 0 : plan.main.bytes);
-  const int64_t held = plan.main_at + (plan.in_registers ? 0 : plan.main.bytes) + plan.second.bytes;
+  const bool beside = plan.main.chunks_of_part > kChunksInRegisters;
+  const int64_t bytes_beside = beside ? kRnnWarps * kChunksBeside * 4 * kChunkBytes * bytes_of(p.dtype) / wide : 0;
+  plan.second_at = plan.main_at + int(plan.in_registers ? bytes_beside : plan.main.bytes);
+  const int64_t held = plan.second_at + plan.second.bytes;
   plan.persistent = held <= device.shared_bytes;
   if (!plan.persistent) {
     deal(main.height + second.height);

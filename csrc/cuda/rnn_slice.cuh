@@ -65,14 +65,18 @@ struct Slice {
 
   __device__ int rows() const { return units * groups; }
   __device__ int quads() const { return (rows() + kQuad - 1) / kQuad; }
-  __device__ Span<T> load(int i, int64_t k) const {
-    if (i >= rows()) return {};
-    const int64_t row = i / units * height + first + i % units;
-    return load_span(data + row * depth + k, depth - k, wide);
+  // Row i, nullptr behind the last; and its numbers from k on.
+  __device__ const T* row(int i) const {
+    return i < rows() ? data + (i / units * height + first + i % units) * depth : nullptr;
+  }
+  __device__ Span<T> load(const T* row, int64_t k) const {
+    if (row == nullptr) return {};
+    return load_span(row + k, depth - k, wide);
   }
 };
 
-// Where a block keeps its slice: each warp one quad of rows in registers, or all rows in shared memory, or nowhere.
+// Where a block keeps its slice: each warp one quad of rows in registers, but for chunks that would leave too few of
+// them for the sums and are in shared memory; or all rows in shared memory, or nowhere.
 template <class T, bool InRegisters>
 class Kept;
 
@@ -81,29 +85,47 @@ class Kept<T, true> {
   using A = Accumulate<T>;
 
  public:
-  __device__ Kept(const Slice<T>& slice, int, bool) {
+  // offset: of the chunks beside, in shared memory. Each thread reads what it wrote itself.
+  __device__ Kept(const Slice<T>& slice, int offset, bool)
+      : beside_(shared<Span<T>>(offset) + threadIdx.x / kWarp * kChunksBeside * kQuad * kWarp + threadIdx.x % kWarp) {
     const int pair = threadIdx.x / kWarp, quad = pair / slice.parts, first = pair % slice.parts * slice.chunks_of_part;
 #pragma unroll
-    for (int chunk = 0; chunk < kChunksHeld; ++chunk)
+    for (int i = 0; i < kQuad; ++i) {
+      const T* row = slice.row(quad * kQuad + i);
+      auto load = [&](int chunk) {
+        return slice.load(row, ((first + chunk) * kWarp + threadIdx.x % kWarp) * kSpan<T>);
+      };
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) {
+      for (int chunk = 0; chunk < kChunksInRegisters; ++chunk) {
         Span<T> span = {};
-        if (chunk < slice.chunks_of_part)
-          span = slice.load(quad * kQuad + i, ((first + chunk) * kWarp + threadIdx.x % kWarp) * kSpan<T>);
+        if (chunk < slice.chunks_of_part) span = load(chunk);
 #pragma unroll
         for (int k = 0; k < kSpan<T>; ++k) held_[chunk][i][k] = widen(span.value[k]);
       }
+      for (int chunk = kChunksInRegisters; chunk < slice.chunks_of_part; ++chunk)
+        beside_[place(chunk, i)] = load(chunk);
+    }
   }
   // chunk: of the warp's part.
   __device__ void get(A (&weight)[kQuad][kSpan<T>], const Slice<T>&, int, int, int chunk) const {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i)
+    for (int i = 0; i < kQuad; ++i) {
+      if (chunk < kChunksInRegisters) {
 #pragma unroll
-      for (int k = 0; k < kSpan<T>; ++k) weight[i][k] = held_[chunk][i][k];
+        for (int k = 0; k < kSpan<T>; ++k) weight[i][k] = held_[chunk][i][k];
+      } else {
+        const Span<T> span = beside_[place(chunk, i)];
+#pragma unroll
+        for (int k = 0; k < kSpan<T>; ++k) weight[i][k] = widen(span.value[k]);
+      }
+    }
   }
 
  private:
-  A held_[kChunksHeld][kQuad][kSpan<T>];
+  __device__ static int place(int chunk, int i) { return ((chunk - kChunksInRegisters) * kQuad + i) * kWarp; }
+
+  A held_[kChunksInRegisters][kQuad][kSpan<T>];
+  Shared<Span<T>> beside_;  // [chunk][kQuad][kWarp] of the warp, this lane's
 };
 
 template <class T>
@@ -117,7 +139,7 @@ class Kept<T, false> {
     if (!in_shared) return;
     const int spans = slice.chunks * kWarp;
     for (int at = threadIdx.x; at < slice.rows() * spans; at += blockDim.x)
-      held_[at] = slice.load(at / spans, at % spans * kSpan<T>);
+      held_[at] = slice.load(slice.row(at / spans), at % spans * kSpan<T>);
   }
   __device__ void get(A (&weight)[kQuad][kSpan<T>], const Slice<T>& slice, int quad, int first, int chunk) const {
     const int at = (first + chunk) * kWarp + threadIdx.x % kWarp;
@@ -126,7 +148,7 @@ class Kept<T, false> {
       const int row = quad * kQuad + i;
       Span<T> span = {};
       if (!in_shared_) {
-        span = slice.load(row, int64_t(at) * kSpan<T>);
+        span = slice.load(slice.row(row), int64_t(at) * kSpan<T>);
       } else if (row < slice.rows()) {
         span = held_[row * slice.chunks * kWarp + at];
       }
@@ -158,23 +180,30 @@ __device__ inline A deal_out_sums(A (&value)[kWarp]) {
 // begins at chunk `first`.
 template <class T, bool InRegisters>
 __device__ inline Accumulate<T> multiply(const Slice<T>& slice, const Kept<T, InRegisters>& kept, int quad, int first,
-                                         const Accumulate<T>* states, int64_t pitch, int count) {
+                                         const Accumulate<T>* states, int pitch, int count) {
   using A = Accumulate<T>;
+  constexpr int kChunk = kWarp * kSpan<T>, kAtOnce = kGroup / 2;
+  const int column = (first * kWarp + threadIdx.x % kWarp) * kSpan<T>;
+  const A* const own = states + column;
   A sum[kGroup * kQuad] = {};
   auto add = [&](int chunk) {
-    const int64_t k = (int64_t(first + chunk) * kWarp + threadIdx.x % kWarp) * kSpan<T>;
-    Span<A> state[kGroup];
-#pragma unroll
-    for (int r = 0; r < kGroup; ++r) state[r] = load_span(states + r * pitch + k, r < count ? pitch - k : 0, true);
     A weight[kQuad][kSpan<T>];
     kept.get(weight, slice, quad, first, chunk);
+    const int left = pitch - column - chunk * kChunk;
 #pragma unroll
-    for (int r = 0; r < kGroup; ++r) {
-      if (count > r) {
+    for (int from = 0; from < kGroup; from += kAtOnce) {
+      Span<A> state[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kQuad; ++i)
+      for (int r = 0; r < kAtOnce; ++r)
+        state[r] = load_span(own + int64_t(from + r) * pitch + chunk * kChunk, from + r < count ? left : 0, true);
 #pragma unroll
-          for (int j = 0; j < kSpan<T>; ++j) sum[r * kQuad + i] += state[r].value[j] * weight[i][j];
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (count > from + r) {
+#pragma unroll
+          for (int i = 0; i < kQuad; ++i)
+#pragma unroll
+            for (int j = 0; j < kSpan<T>; ++j) sum[(from + r) * kQuad + i] += state[r].value[j] * weight[i][j];
+        }
       }
     }
   };
@@ -193,14 +222,14 @@ __device__ inline Accumulate<T> multiply(const Slice<T>& slice, const Kept<T, In
 // caller's barriers are around it.
 template <class T, bool InRegisters>
 __device__ inline void multiply_slice(const Slice<T>& slice, const Kept<T, InRegisters>& kept,
-                                      const Accumulate<T>* states, int64_t pitch, int count, Shared<Accumulate<T>> sums,
+                                      const Accumulate<T>* states, int pitch, int count, Shared<Accumulate<T>> sums,
                                       int sums_pitch) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, pairs = slice.quads() * slice.parts;
   for (int pair = threadIdx.x / kWarp; pair < pairs; pair += warps) {
     const int quad = pair / slice.parts, part = pair % slice.parts;
     for (int from = 0; from < count; from += kGroup) {
       const Accumulate<T> sum =
-          multiply(slice, kept, quad, part * slice.chunks_of_part, states + from * pitch, pitch, count - from);
+          multiply(slice, kept, quad, part * slice.chunks_of_part, states + int64_t(from) * pitch, pitch, count - from);
       const int row = from + lane / kQuad;  // of a whole group, for which there is room
       sums[row * sums_pitch + (part * slice.quads() + quad) * kQuad + lane % kQuad] = sum;
     }
@@ -218,12 +247,12 @@ __device__ inline Accumulate<T> sum_of(const Slice<T>& slice, Shared<Accumulate<
 // finish(place, i, sums) for `places` rows of states and every unit of the slice, with the sums of that place's row.
 template <class T, bool InRegisters, class Finish>
 __device__ inline void multiply_states(const Slice<T>& slice, const Kept<T, InRegisters>& kept, const RnnPlan& plan,
-                                       const Accumulate<T>* states, int64_t pitch, int64_t places, Finish finish) {
+                                       const Accumulate<T>* states, int pitch, int places, Finish finish) {
   const Shared<Accumulate<T>> sums = shared<Accumulate<T>>(0);
-  for (int64_t from = 0; from < places; from += plan.turn) {
-    const int count = places - from < plan.turn ? int(places - from) : plan.turn;
+  for (int from = 0; from < places; from += plan.turn) {
+    const int count = places - from < plan.turn ? places - from : plan.turn;
     __syncthreads();  // the sums of the turn before were read; other blocks were met
-    multiply_slice(slice, kept, states + from * pitch, pitch, count, sums, plan.pitch);
+    multiply_slice(slice, kept, states + int64_t(from) * pitch, pitch, count, sums, plan.pitch);
     __syncthreads();
     for (int i = threadIdx.x; i < count * slice.units; i += blockDim.x)
       finish(from + i / slice.units, i % slice.units, sums + i / slice.units * plan.pitch);

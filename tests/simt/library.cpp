@@ -41,7 +41,8 @@ void simt_device(int multiprocessors, int shared_bytes) {
 
 void simt_plant(int mutant) { simt::planted = mutant; }
 
-// Returns how many mutation points there can be; with `to`, fills in which were passed since the last time, a byte each.
+// Returns how many mutation points there can be; with `to`, fills in which were passed since the last time, a byte
+// each.
 int simt_take_passed(unsigned char* to) {
   if (to != nullptr) {
     std::copy(std::begin(simt::passed), std::end(simt::passed), to);

@@ -62,7 +62,7 @@ EQUIVALENT: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("rnn_gradients.cuh", "from < rows"): "a last turn without rows",
     ("rnn_gradients.cuh", "y.noise.drops_weight"): "saves time: at p = 0 every element is kept and scaled by 1",
     ("rnn_rows.cuh", "n < 8"): "numbers are below 8",
-    ("rnn_slice.cuh", "count > r"): "saves time: states that are not there are 0",
+    ("rnn_slice.cuh", "count > from + r"): "saves time: states that are not there are 0",
     ("rnn_slice.cuh", "from < count"): "a last turn without rows",
     ("rnn_slice.cuh", "from < places"): "a last turn without rows",
     ("rnn_slice.cuh", "nth < kChunksHeld"): "no part has more chunks",
@@ -90,7 +90,7 @@ EQUIVALENT: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("norm_forward.cuh", "keep.seed_address != nullptr"): "saves time: at p = 0 every element is kept and scaled by 1",
 }
 
-BARRIER = re.compile(r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);")
+BARRIER = re.compile(r"__sync(threads|warp)\(\);|cp_async_(wait<\d>|commit)\(\);|blocks\.meet\(\);|signal\(\w+\);|wait_for\([^;]+\);")
 IF = re.compile(r"\bif \(")
 FOR = re.compile(r"\bfor \(")
 TERNARY = re.compile(r"(?:= |return |\(|, |: )((?:[^=(),;?{}]|\([^()]*\)|[<>=!]=)+) \? ")

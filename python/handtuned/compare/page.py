@@ -36,7 +36,7 @@ td:first-child { min-width: 11rem; }
 td small { color: var(--soft); display: block; }
 @media (max-width: 48rem) { thead { display: none; } table, tbody, tr, td { display: block; }
   tr { border-bottom: 2px solid var(--line); padding: .5rem 0; } td { border: 0; padding: .1rem 0; display: flex;
-  justify-content: space-between; gap: 1rem; }
+  white-space: normal; justify-content: space-between; gap: 1rem; }
   td:last-child { text-align: right; } td::before { content: attr(data-label); color: var(--soft);
   white-space: nowrap; }
   td:first-child { display: block; font-weight: 600; } td:first-child::before { content: none; } }
