@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -259,7 +258,7 @@ Tensor mirror(const Tensor& like, int64_t width, bool zeros) {
     const int64_t row = one(s[1]) * one(width), strides[4] = {one(s[2]) * row, one(width), row, 1};
     return empty_strided(Shape(sizes, 4), Shape(strides, 4), like.scalar_type());
   }();
-  if (zeros) std::memset(result.data_ptr(), 0, result.numel() * size_of(result.scalar_type()));
+  if (zeros) zero(result);
   return result;
 }
 
@@ -352,8 +351,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       empty_if(need_mask, mask ? mask->sizes() : Shape(), mask ? mask->scalar_type() : ScalarType::Float);
   Tensor grad_sinks =
       empty_if(need_sinks, sinks ? sinks->sizes() : Shape(), sinks ? sinks->scalar_type() : ScalarType::Float);
-  if (need_mask) std::memset(grad_mask.data_ptr(), 0, grad_mask.numel() * size_of(grad_mask.scalar_type()));
-  if (need_sinks) std::memset(grad_sinks.data_ptr(), 0, grad_sinks.numel() * size_of(grad_sinks.scalar_type()));
+  if (need_mask) zero(grad_mask);
+  if (need_sinks) zero(grad_sinks);
   if (!none) {
     OptionalTensor unused;
     p.grad_output = operand(grad_output, h.grad_output);

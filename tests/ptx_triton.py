@@ -83,9 +83,8 @@ class Launcher:
 @contextlib.contextmanager
 def simulated() -> Iterator[Launcher]:
     """Inside, Triton kernels run in the simulator on CPU tensors, and may touch their arguments alone."""
-    from handtuned.triton_kernels import common, tuning
-
     from handtuned import backends
+    from handtuned.triton_kernels import common, tuning
 
     launcher = Launcher()
     before = (jit.JITFunction.run, common.empty, tuning.architecture, backends.triton_interprets)

@@ -25,12 +25,12 @@ import attention_numerics as an
 import numerics
 import triton_tools
 from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
-from handtuned.triton_kernels import attention as launchers
-from handtuned.triton_kernels import common, tuning
 from torch import Tensor
 
 import handtuned
 from handtuned.nn import functional as H
+from handtuned.triton_kernels import attention as launchers
+from handtuned.triton_kernels import common, tuning
 
 triton_tools.mend_bfloat16()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device Triton is not interpreted")

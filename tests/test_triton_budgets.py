@@ -12,6 +12,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
 
 import triton_tools
+
 from handtuned.triton_kernels import norm, tuning
 
 BUDGETS = Path(__file__).parent / "triton_budgets.json"

@@ -17,9 +17,10 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
 import triton
 import triton.language as tl
 import triton_tools
+from torch import Tensor
+
 from handtuned.triton_kernels import common, norm, tuning
 from handtuned.triton_kernels.common import keep_factor
-from torch import Tensor
 
 triton_tools.mend_bfloat16()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import triton
 import triton_tools
+
 from handtuned.triton_kernels import tuning
 
 
