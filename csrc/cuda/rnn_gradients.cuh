@@ -137,9 +137,13 @@ __global__ void __launch_bounds__(kProductThreads, 2) rnn_grad_wr_kernel(Backwar
   });
 }
 
-// Over the gates of both directions. In float64 two blocks would have too few registers.
+// Blocks of a multiprocessor: in float64 two would have too few registers.
 template <class T>
-__global__ void __launch_bounds__(kProductThreads, sizeof(T) == 8 ? 1 : 2)
+inline constexpr int kInputBlocks = sizeof(T) == 8 ? 1 : 2;
+
+// Over the gates of both directions.
+template <class T>
+__global__ void __launch_bounds__(kProductThreads, kInputBlocks<T>)
     rnn_grad_input_kernel(BackwardLayer<T> y, LayerGradients<T> g) {
   using A = Accumulate<T>;
   const RnnBackward& p = y.p;
