@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -104,8 +103,6 @@ void fill(const char* op, CrossEntropy& p, Holders& h, const Arguments& a) {
   p.gathered = h.gathered->data_ptr();
   p.packed_classes = h.packed->data_ptr();
 }
-
-void zero(const Tensor& t) { std::memset(t.data_ptr(), 0, t.numel() * size_of(t.scalar_type())); }
 
 std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
                                                 const OptionalTensor& linear_bias, const Tensor& target,

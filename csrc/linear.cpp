@@ -1,7 +1,6 @@
 // Linear family, the skin: check the arguments, allocate the outputs, fill the Params, call the table.
 #include "linear.h"
 
-#include <cstring>
 #include <tuple>
 
 #include "boxing.h"
@@ -164,10 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   Tensor grad_input = empty_if(need_input, input.sizes(), dtype);
   Tensor grad_weight = empty_if(need_weight, weight.sizes(), dtype);
   Tensor grad_bias = empty_if(need_bias, {p.out}, dtype);
-  auto zero = [](const Tensor& t) { std::memset(t.data_ptr(), 0, t.numel() * size_of(t.scalar_type())); };
   if (p.rows == 0 || p.out == 0 || p.in == 0) {  // sums over nothing; the bias alone may have rows to sum
-    for (const Tensor* t : {&grad_input, &grad_weight, &grad_bias})
-      if (t->numel() > 0) zero(*t);
+    for (const Tensor* t : {&grad_input, &grad_weight, &grad_bias}) zero(*t);
     if (p.rows == 0 || p.out == 0) return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
   p.grad_output = strided_rows(grad_output, 1, h.grad_output);

@@ -1,7 +1,6 @@
 // Recurrent family, the skin's first half: arguments are checked and filled into the Params.
 #pragma once
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -90,11 +89,14 @@ inline void take_rates(const char* op, Rnn& p, const std::string& mode, double d
            mode, "; only the LSTM has a cell state");
 }
 
+// More than anybody has, and far less than what lets a number of bytes overflow.
+constexpr int64_t kMostHidden = 1 << 20, kMostLayers = 1 << 12;
+
 inline void take_sizes(const char* op, Rnn& p, int64_t hidden, int64_t proj, int64_t layers) {
-  HT_CHECK(hidden >= 1, op, "hidden_size is ", hidden, ", the least is 1");
+  HT_CHECK(1 <= hidden && hidden <= kMostHidden, op, "hidden_size is ", hidden, ", the limits are 1 and ", kMostHidden);
   HT_CHECK(proj == 0 || (has_cell_state(p.cell) && 0 < proj && proj < hidden), op, "proj_size is ", proj,
            ", allowed are 0 and, for the LSTM, less than hidden_size, ", hidden);
-  HT_CHECK(layers >= 1, op, "num_layers is ", layers, ", the least is 1");
+  HT_CHECK(1 <= layers && layers <= kMostLayers, op, "num_layers is ", layers, ", the limits are 1 and ", kMostLayers);
   p.hidden = hidden, p.state = proj ? proj : hidden, p.layers = layers;
 }
 

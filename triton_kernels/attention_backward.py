@@ -22,9 +22,12 @@ import triton.language as tl
 
 from .attention_tile import (
     combine,
+    flag_of,
+    heads_of_rows,
     is_finite,
     key_rows,
     keys_of_queries,
+    keys_of_rows,
     load_rows,
     locate,
     product,
@@ -156,20 +159,11 @@ def rows_kernel(
     b, first_row = tile_of(entries, tile, BLOCK_ROWS, tiles, entry)
     queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
     wanted = first_row < queries * sizes.group
-    flag = flags
-    if flags is not None:
-        flag += tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        if CAREFUL:
-            wanted = wanted & (tl.load(flag) != 0.0)
+    flag, wanted = flag_of(flags, wanted, CAREFUL)
     if wanted:
-        r = first_row + tl.arange(0, BLOCK_ROWS)
-        inside = r < queries * sizes.group
-        i, h = r // sizes.group, kv_head * sizes.group + r % sizes.group
+        i, h, inside = heads_of_rows(sizes, first_row + tl.arange(0, BLOCK_ROWS), queries, kv_head)
         offset = (keys - queries) * sizes.bottom_right
-        last_row = tl.minimum(first_row + BLOCK_ROWS, queries * sizes.group) - 1
-        begin, end, all_begin, all_end = keys_of_queries(
-            sizes, first_row // sizes.group, last_row // sizes.group, keys, offset, BLOCK_KEYS
-        )
+        begin, end, all_begin, all_end = keys_of_rows(sizes, first_row, queries, keys, offset, BLOCK_ROWS, BLOCK_KEYS)
         statistics = statistics_rows(sizes, entries, b, h, first_query, i)
         log, delta_i = _statistics(lse, delta, statistics, inside)
         q_rows = query_rows(inputs.query, b, h, first_query, i)
@@ -250,11 +244,7 @@ def keys_kernel(
     b, first = tile_of(entries, tile, BLOCK_KEYS, tiles, entry)
     queries, keys, stored, first_query, first_key = locate(sizes, entries, b)
     wanted = first < stored
-    flag = flags
-    if flags is not None:
-        flag += tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        if CAREFUL:
-            wanted = wanted & (tl.load(flag) != 0.0)
+    flag, wanted = flag_of(flags, wanted, CAREFUL)
     if wanted:
         j = first + tl.arange(0, BLOCK_KEYS)
         there = j < keys
@@ -271,9 +261,7 @@ def keys_kernel(
         dk = tl.zeros((BLOCK_KEYS, WIDTH), ACC)
         dv = tl.zeros((BLOCK_KEYS, VALUE_WIDTH), ACC)
         for start in tl.range(begin * sizes.group, end * sizes.group, BLOCK_ROWS, num_stages=STAGES):
-            r = start + tl.arange(0, BLOCK_ROWS)
-            inside = r < queries * sizes.group
-            i, h = r // sizes.group, kv_head * sizes.group + r % sizes.group
+            i, h, inside = heads_of_rows(sizes, start + tl.arange(0, BLOCK_ROWS), queries, kv_head)
             statistics = statistics_rows(sizes, entries, b, h, first_query, i)
             log, delta_i = _statistics(lse, delta, statistics, inside)
             q_rows = query_rows(inputs.query, b, h, first_query, i)
@@ -394,8 +382,8 @@ def mask_kernel(
         if (first_row < queries) & (first_of_keys < end) & (first_of_keys + BLOCK_KEYS > begin):
             i, j = first_row + tl.arange(0, BLOCK_ROWS), first_of_keys + tl.arange(0, BLOCK_KEYS)
             inside, there = i < queries, j < keys
-            heads_of_rows = h + tl.zeros_like(i)
-            statistics = statistics_rows(sizes, entries, b, heads_of_rows, first_query, i)
+            h_of_rows = h + tl.zeros_like(i)
+            statistics = statistics_rows(sizes, entries, b, h_of_rows, first_query, i)
             log, delta_i = _statistics(lse, delta, statistics, inside)
             q_rows = query_rows(inputs.query, b, h, first_query, i)
             grad_rows = query_rows(grad_output, b, h, first_query, i)
@@ -416,8 +404,8 @@ def mask_kernel(
                 keep = keep_factor(
                     inputs.seed, statistics, first_of_keys, threshold, keep_scale, BLOCK_ROWS, BLOCK_KEYS, ACC
                 )
-            slope = slopes_of(sizes, entries, b, heads_of_rows, inside, ACC)
-            mask_rows = query_rows(inputs.mask, b, heads_of_rows, 0, i)[:, None]
+            slope = slopes_of(sizes, entries, b, h_of_rows, inside, ACC)
+            mask_rows = query_rows(inputs.mask, b, h_of_rows, 0, i)[:, None]
             _weights, ds, _ds, _seen = _gradients(
                 raw, dp, i[:, None], j[None, :], inside[:, None] & there[None, :], True, keys, offset, log[:, None],
                 delta_i[:, None], mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP,

@@ -16,9 +16,11 @@ import triton.language as tl
 from .attention_tile import (
     LN_2,
     combine,
+    flag_of,
+    heads_of_rows,
     is_finite,
     key_rows,
-    keys_of_queries,
+    keys_of_rows,
     load_rows,
     locate,
     product,
@@ -164,20 +166,11 @@ def forward_kernel(
     b, first_row = tile_of(entries, tile, BLOCK_ROWS, tiles, entry)
     queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
     wanted = first_row < queries * sizes.group
-    flag = flags
-    if flags is not None:
-        flag += tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-        if CAREFUL:
-            wanted = wanted & (tl.load(flag) != 0.0)
+    flag, wanted = flag_of(flags, wanted, CAREFUL)
     if wanted:
-        r = first_row + tl.arange(0, BLOCK_ROWS)
-        inside = r < queries * sizes.group
-        i, h = r // sizes.group, kv_head * sizes.group + r % sizes.group
+        i, h, inside = heads_of_rows(sizes, first_row + tl.arange(0, BLOCK_ROWS), queries, kv_head)
         offset = (keys - queries) * sizes.bottom_right
-        last_row = tl.minimum(first_row + BLOCK_ROWS, queries * sizes.group) - 1
-        begin, end, all_begin, all_end = keys_of_queries(
-            sizes, first_row // sizes.group, last_row // sizes.group, keys, offset, BLOCK_KEYS
-        )
+        begin, end, all_begin, all_end = keys_of_rows(sizes, first_row, queries, keys, offset, BLOCK_ROWS, BLOCK_KEYS)
         begin = tl.maximum(begin, split * keys_of_split)
         end = tl.minimum(end, (split + 1) * keys_of_split)
         statistics = statistics_rows(sizes, entries, b, h, first_query, i)

@@ -146,6 +146,29 @@ def keys_of_queries(sizes, first, last, keys, offset, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keys_of_rows(sizes, first_row, queries, keys, offset, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """The same of a tile of rows."""
+    last_row = tl.minimum(first_row + BLOCK_ROWS, queries * sizes.group) - 1
+    return keys_of_queries(sizes, first_row // sizes.group, last_row // sizes.group, keys, offset, BLOCK_KEYS)
+
+
+@triton.jit
+def heads_of_rows(sizes, r, queries, kv_head):
+    """(queries, heads, which of them exist) of rows r."""
+    return r // sizes.group, kv_head * sizes.group + r % sizes.group, r < queries * sizes.group
+
+
+@triton.jit
+def flag_of(flags, wanted, CAREFUL: tl.constexpr):
+    """(a program's place among the flags, whether its tile is wanted: by the CAREFUL kernel if it was flagged)."""
+    if flags is not None:
+        flags += tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+        if CAREFUL:
+            wanted = wanted & (tl.load(flags) != 0.0)
+    return flags, wanted
+
+
+@triton.jit
 def queries_of_keys(sizes, first, last, queries, offset):
     """The same the other way round."""
     low = first.to(tl.int64) - offset

@@ -17,8 +17,8 @@ namespace handtuned::HANDTUNED_ISA {
 
 inline constexpr int kMostSlices = 64;
 
-struct alignas(128) Flag {  // two lines: cores fetch them in pairs
-  int64_t phases, claimed;
+struct alignas(64) Flag {  // two lines, since cores fetch them in pairs; scratch is aligned to one
+  int64_t phases, claimed, apart[14];
 };
 
 // Until ready(): a short spin, since a step takes microseconds, then the core is offered to others.

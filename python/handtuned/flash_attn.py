@@ -263,6 +263,8 @@ def _require(ok: bool, function: str, message: str) -> None:
 
 def _window(window_size: Window) -> Window:
     """Any negative number is unbounded."""
+    if len(window_size) != 2:
+        raise RuntimeError(f"handtuned.flash_attn: window_size is {window_size}; pass (left, right)")
     return max(window_size[0], -1), max(window_size[1], -1)
 
 

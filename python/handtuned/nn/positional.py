@@ -45,6 +45,11 @@ class SinusoidalPositionalEncoding(torch.nn.Module):
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
         """x: (N, L, d_model) with batch_first, else (L, N, d_model); or (L, d_model). offset: the first's position."""
+        if x.dim() < 2:
+            raise RuntimeError(
+                f"handtuned.nn.SinusoidalPositionalEncoding: x has shape {list(x.shape)}, expected positions and "
+                f"{self.d_model} features; reshape it"
+            )
         dim = x.dim() - 2 if self.batch_first or x.dim() == 2 else 0
         length = x.shape[dim]
         if not 0 <= offset <= self.max_length - length:

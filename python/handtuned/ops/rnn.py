@@ -19,6 +19,7 @@ rnn_backward = namespace.rnn_backward.default
 
 RNN_OPS = by_name(rnn_pack, rnn, rnn_inference, rnn_cell, rnn_backward)
 HEADER_BYTES = 64
+MOST_HIDDEN, MOST_LAYERS = 1 << 20, 1 << 12  # so that no number of bytes overflows
 
 
 def _round_up(n: int, to: int) -> int:
@@ -98,12 +99,12 @@ class RnnArguments(Arguments):
 
     def _take_sizes(self) -> None:
         hidden, proj, layers = self["hidden_size"], self["proj_size"], self["num_layers"]
-        self.require(hidden >= 1, f"hidden_size is {hidden}, the least is 1")
+        self.require(1 <= hidden <= MOST_HIDDEN, f"hidden_size is {hidden}, the limits are 1 and {MOST_HIDDEN}")
         self.require(
             proj == 0 or (self.cell.is_lstm and 0 < proj < hidden),
             f"proj_size is {proj}, allowed are 0 and, for the LSTM, less than hidden_size, {hidden}",
         )
-        self.require(layers >= 1, f"num_layers is {layers}, the least is 1")
+        self.require(1 <= layers <= MOST_LAYERS, f"num_layers is {layers}, the limits are 1 and {MOST_LAYERS}")
         self.hidden, self.state, self.layers = hidden, proj or hidden, layers
 
     def _check_weights(self, weights: list[Tensor]) -> None:

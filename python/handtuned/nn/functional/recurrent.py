@@ -165,7 +165,12 @@ def _check(op: str, input: Tensor, weights: Sequence[Tensor], num_layers: int, e
     )
     _require(
         op,
-        input.shape[-1] == weights[0].shape[1],
+        weights[0].dim() == 2 == weights[1].dim(),
+        f"w_ih and w_hh have shapes {list(weights[0].shape)} and {list(weights[1].shape)}; pass matrices",
+    )
+    _require(
+        op,
+        input.shape[-1:] == weights[0].shape[1:],
         f"input has shape {list(input.shape)}, expected input_size {weights[0].shape[1]} as its last dim; pass an "
         "input of that width",
     )
@@ -215,7 +220,7 @@ def run(
         x, h0, c0, *ws = _autocast([x, h0, c0, *ws])  # type: ignore[assignment]
         packed = packed if ws[0].dtype == weights[0].dtype else None
     cell = ops.CELLS[variant.mode(mode)]
-    projected = len(ws) > 1 and ws[1].shape[1] * cell.gates != ws[1].shape[0]
+    projected = len(ws) > 1 and ws[1].dim() == 2 and ws[1].shape[1] * cell.gates != ws[1].shape[0]
     _check(op, x, ws, num_layers, cell.weights(bias, projected) * (1 + bidirectional))
     p = _dropout(op, dropout, training) if num_layers > 1 else 0.0
     options = (ws, mode, num_layers, bidirectional, bias, p, variant, training)

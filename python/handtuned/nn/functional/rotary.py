@@ -92,15 +92,19 @@ def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     Returns:
         input's shape, dtype and layout in memory; computed in float32 (float64 for float64) and rounded once.
     """
-    rotated = 2 * cos.shape[-1]
-    if rotated > input.shape[-1]:
+    if min(input.dim(), cos.dim()) < 2:
+        raise RuntimeError(
+            f"handtuned.{_OP}: input has {input.dim()} dims and cos {cos.dim()}, the least is 2, positions and "
+            "features; reshape them"
+        )
+    if 2 * cos.shape[-1] > input.shape[-1]:
         raise RuntimeError(
             f"handtuned.{_OP}: cos has width {cos.shape[-1]}, the limit is half of input's width {input.shape[-1]}; "
             "make the tables for at most that width"
         )
     if cos.shape != sin.shape:
         raise RuntimeError(f"handtuned.{_OP}: cos has shape {list(cos.shape)}, sin has {list(sin.shape)}; pass a pair")
-    if cos.dim() < 2 or cos.shape[-2] not in (1, input.shape[-2]):
+    if cos.shape[-2] not in (1, input.shape[-2]):
         raise RuntimeError(
             f"handtuned.{_OP}: cos has shape {list(cos.shape)}, expected {input.shape[-2]} rows, one for each position "
             "of input; make or slice the tables for them"
