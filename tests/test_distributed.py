@@ -91,23 +91,58 @@ def fully_sharded(rank: int, folder: str) -> None:
             torch.testing.assert_close(net(x), alone(x), rtol=1e-5, atol=1e-5)
 
 
+def check_split(rank: int, split: torch.nn.Module, alone: torch.nn.Module, sequence: bool = False) -> None:
+    """Output, and the gradients of input and parameters, of a split module beside those of the whole one.
+
+    sequence: each process passes its part of dim 1.
+    """
+    from torch.distributed.tensor import DTensor
+
+    x, grad = batch()
+    expected_in = x.clone().requires_grad_()
+    alone(expected_in).backward(grad)
+    parts = [mine(t, rank, 1) if sequence else t for t in (x, grad, alone(x), expected_in.grad)]
+    found_in = parts[0].clone().requires_grad_()
+    found = split(found_in)
+    local = found.to_local() if isinstance(found, DTensor) else found
+    torch.testing.assert_close(local, parts[2], rtol=1e-5, atol=1e-5)
+    local.backward(parts[1])
+    torch.testing.assert_close(found_in.grad, parts[3], rtol=1e-5, atol=1e-5)
+    whole = dict(alone.named_parameters())
+    for name, parameter in split.named_parameters():
+        if name in whole:
+            given = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            torch.testing.assert_close(given, whole[name].grad, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        found = split(parts[0])
+        local = found.to_local() if isinstance(found, DTensor) else found
+        torch.testing.assert_close(local, parts[2], rtol=1e-5, atol=1e-5)
+
+
 def tensor_parallel(rank: int, folder: str) -> None:
-    """torch's linear layers split by columns, then by rows, beside handtuned's others, which are not split."""
+    """Linear layers split by columns, then by rows; norms by the sequence."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
     torch.manual_seed(0)
-    linears = torch.nn.Linear(WIDTH, 24), torch.nn.Linear(24, WIDTH)
-    alone = torch.nn.Sequential(nn.LayerNorm(WIDTH), linears[0], torch.nn.ReLU(), linears[1], nn.Linear(WIDTH, WIDTH))
-    split = copy.deepcopy(alone)
     mesh = init_device_mesh("cpu", (PROCESSES,))
-    parallelize_module(split, mesh, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    alone = torch.nn.Sequential(
+        nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 24), torch.nn.GELU(), nn.Linear(24, WIDTH), nn.RMSNorm(WIDTH)
+    )
+    ways = {"1": ColwiseParallel(), "3": RowwiseParallel()}
+    split = parallelize_module(copy.deepcopy(alone), mesh, ways)
+    check_split(rank, split, alone)
     x, grad = batch()
-    losses = [trained(net, x, grad, 3) for net in (alone, split)]
+    losses = [trained(net, x, grad, 3) for net in (copy.deepcopy(alone), split)]
     torch.testing.assert_close(torch.tensor(losses[1]), torch.tensor(losses[0]), rtol=1e-5, atol=1e-6)
-    refused = parallelize_module(nn.Linear(WIDTH, WIDTH), mesh, ColwiseParallel())
-    with pytest.raises(NotImplementedError, match="sharding strategy"):
-        refused(x)
+    for norm in (nn.LayerNorm(WIDTH), nn.RMSNorm(WIDTH)):
+        split = parallelize_module(copy.deepcopy(norm), mesh, SequenceParallel())
+        check_split(rank, split, norm, sequence=True)
 
 
 def context_parallel(rank: int, folder: str) -> None:

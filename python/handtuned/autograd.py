@@ -26,6 +26,8 @@ def kernels_for(op: str, input: Tensor, mode: str = "") -> Any:
     if _transforms_active() or forward_ad._current_level >= 0:
         backends.fell_back(op, "a torch.func transform or forward-mode AD is active, which kernels cannot enter")
         return backends.formula(op, input)
+    if type(input) is not Tensor and type(input).__name__ == "DTensor" and not torch.compiler.is_compiling():
+        from . import sharding  # noqa: F401 (here, since it is slow to import; registers the ops' rules)
     return ops if backends.plain else backends.kernels(op, input, mode)
 
 
