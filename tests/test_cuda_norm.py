@@ -4,6 +4,8 @@ test_cuda_budgets.py."""
 
 from __future__ import annotations
 
+import collections
+
 import cases
 import numerics
 import pytest
@@ -110,5 +112,6 @@ def test_planted_bug_is_caught(point: mutate.Point) -> None:
 
 
 def test_equivalent_mutants_are_still_there() -> None:
-    places = {(p.file, p.text) for p in POINTS}
-    assert set(mutate.EQUIVALENT) <= places, "a listed place has changed: judge it anew"
+    places = collections.Counter((p.file, p.text) for p in POINTS)
+    for file, text, *which in mutate.EQUIVALENT:
+        assert places[file, text] > max(which, default=0), f"{file}: {text} has changed: judge it anew"
