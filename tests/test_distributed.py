@@ -145,6 +145,107 @@ def tensor_parallel(rank: int, folder: str) -> None:
         check_split(rank, split, norm, sequence=True)
 
 
+def sharded_attention(rank: int, folder: str) -> None:
+    """Attention of DTensors split by batch entries and by heads, with all that may stand beside q, k and v."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    generator = torch.Generator().manual_seed(3)
+    shapes = (2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 8), (4, 5, 7), (4,), (2, 4, 5, 8)
+    *whole, grad = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    others = {"key_lengths": torch.tensor([7, 3]), "alibi_slopes": torch.rand(4, generator=generator)}
+    for dim in (0, 1):
+        spread = [distribute_tensor(t.detach(), mesh, [Shard(dim)]).requires_grad_() for t in whole[:3]]
+        spread += [distribute_tensor(t.detach(), mesh, [Replicate()]).requires_grad_() for t in whole[3:]]
+        beside = {name: distribute_tensor(t, mesh, [Replicate()]) for name, t in others.items()}
+        expected, found = (
+            H.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, sinks=sinks, **more)
+            for (q, k, v, mask, sinks), more in ((whole, others), (spread, beside))
+        )
+        assert isinstance(found, DTensor)
+        assert found.placements == (Shard(dim),)
+        torch.testing.assert_close(found.full_tensor(), expected)
+        grads = torch.autograd.grad(expected, whole, grad.detach())
+        split = torch.autograd.grad(found, spread, distribute_tensor(grad.detach(), mesh, [Shard(dim)]))
+        for part, one in zip(split, grads, strict=True):
+            torch.testing.assert_close(part.full_tensor(), one, rtol=1e-5, atol=1e-5)
+    rows, starts = torch.randn(7, 4, 8, generator=generator).requires_grad_(), torch.tensor([0, 3, 7])
+    packed = distribute_tensor(rows.detach(), mesh, [Shard(1)]).requires_grad_()
+    spread_starts = distribute_tensor(starts, mesh, [Replicate()])
+    expected = H.attention_varlen(rows, rows, rows, starts, starts)
+    found = H.attention_varlen(packed, packed, packed, spread_starts, spread_starts)
+    assert isinstance(found, DTensor)
+    assert found.placements == (Shard(1),)
+    (one,) = torch.autograd.grad(expected.square().sum(), rows)
+    (part,) = torch.autograd.grad(found.square().sum(), packed)
+    torch.testing.assert_close(part.full_tensor(), one, rtol=1e-5, atol=1e-5)
+
+
+def sharded_rows(rank: int, folder: str) -> None:
+    """Norms behind a residual add, and a linear layer with all that may follow it, of DTensors split along each dim."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    generator = torch.Generator().manual_seed(4)
+    shapes = (4, 6, WIDTH), (4, 6, WIDTH), (WIDTH,), (WIDTH,), (WIDTH, WIDTH), (4, 6, WIDTH), (4, 6, WIDTH)
+    *whole, grad, grad_sum = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    calls: list[Callable[..., Any]] = [
+        lambda x, r, w, b, m: H.add_layer_norm(x, r, (WIDTH,), w, b),
+        lambda x, r, w, b, m: H.add_rms_norm(x, r, (WIDTH,), w),
+        lambda x, r, w, b, m: (H.linear(x, m, b, activation="gelu", residual=r), x),
+        lambda x, r, w, b, m: (H.linear(x, m, b, residual=r), x),
+    ]
+    for dim in range(3):
+        for weight in (Replicate(), Shard(0), Shard(1)):
+            ways = [Shard(dim), Shard(dim), Replicate(), Replicate(), weight]
+            spread = [distribute_tensor(t.detach(), mesh, [way]) for t, way in zip(whole, ways, strict=True)]
+            spread = [t.requires_grad_() for t in spread]
+            grads = [distribute_tensor(t.detach(), mesh, [Shard(dim)]) for t in (grad, grad_sum)]
+            for call in calls if weight == Replicate() else calls[2:]:
+                expected, found = call(*whole), call(*spread)
+                for part, one in zip(found, expected, strict=True):
+                    torch.testing.assert_close(part.full_tensor(), one, rtol=1e-5, atol=1e-5)
+                one_grads = torch.autograd.grad(expected, whole, (grad.detach(), grad_sum.detach()), allow_unused=True)
+                for part, one in zip(
+                    torch.autograd.grad(found, spread, grads, allow_unused=True), one_grads, strict=True
+                ):
+                    assert (part is None) == (one is None)
+                    if part is not None:
+                        torch.testing.assert_close(part.full_tensor(), one, rtol=1e-5, atol=1e-5)
+
+
+def split_layer(rank: int, folder: str) -> None:
+    """The page's attention by heads in a Transformer layer, whose feed-forward is split too."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    page: dict[str, Any] = {}
+    for _, code in blocks(Path(__file__).parents[1] / "docs" / "distributed.md", "python"):
+        exec(code, page)
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    alone = model()[0]
+    split = page["split_layer"](copy.deepcopy(alone), mesh)
+    check_split(rank, split, alone)
+    x, _ = batch()
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    padding = torch.arange(6) >= torch.tensor([6, 2, 4, 5])[:, None]
+    for masks in ({"src_mask": hidden, "is_causal": True}, {"src_mask": hidden, "src_key_padding_mask": padding}):
+        torch.testing.assert_close(split(x, **masks), alone(x, **masks), rtol=1e-5, atol=1e-5)
+
+
+def refused(rank: int, folder: str) -> None:
+    """What no process could do alone, or no rule is for."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x = distribute_tensor(batch()[0], init_device_mesh("cpu", (PROCESSES,)), [Shard(0)])
+    with pytest.raises(RuntimeError, match="no rule says how to split it"):
+        H.pack_linear_weight(x[0])
+    with pytest.raises(RuntimeError, match="know which elements of the mask are its own"):
+        H.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+
+
 def context_parallel(rank: int, folder: str) -> None:
     """The ring attention of the page."""
     page: dict[str, Any] = {}
@@ -163,7 +264,16 @@ def context_parallel(rank: int, folder: str) -> None:
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-WAYS: list[Callable[[int, str], None]] = [data_parallel, fully_sharded, tensor_parallel, context_parallel]
+WAYS: list[Callable[[int, str], None]] = [
+    data_parallel,
+    fully_sharded,
+    tensor_parallel,
+    sharded_rows,
+    sharded_attention,
+    split_layer,
+    refused,
+    context_parallel,
+]
 
 
 def process(rank: int, port: int, folder: str) -> None:

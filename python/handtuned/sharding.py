@@ -11,8 +11,8 @@ split along dim d, P a sum still to be taken.
     attention    batch     query, key, value S(0)                   ->  output, lse S(0)
                  heads     query, key, value S(1)                   ->  output, lse S(1)
 
-Importing torch.distributed.tensor takes about as long as torch itself, so this module is imported when the first DTensor
-comes along.
+Importing torch.distributed.tensor takes about as long as torch itself, so this module is imported when the first
+DTensor comes along.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ def _attention_backward(given: Given) -> Iterator[Rule]:
         named = dict.fromkeys(("grad_output", "query", "key", "value", "output"), rows)
         grads = [_where(given[f"need_{name}"], rows) for name in ("query", "key", "value")]
         for name in ("mask", "sinks"):
-            wanted = given[f"need_{name}"] and given[name] is not None and given[name].tensor_meta.dtype.is_floating_point
+            wanted = (
+                given[f"need_{name}"] and given[name] is not None and given[name].tensor_meta.dtype.is_floating_point
+            )
             whole = rows != R and inputs.get(name, R) == R  # every process has a part of the gradient of all of it
             grads.append(_where(wanted, P if whole else inputs.get(name, R)))
         yield grads, {**named, "grad_lse": lse, "lse": lse, **inputs}
@@ -181,23 +183,32 @@ _RULES: dict[str, Callable[[Given], Any]] = {
 }
 
 
-def _register(op: str, rules: Callable[[Given], Any]) -> None:
+def _check_dropout(op: str, given: Given) -> None:
+    if given.get("dropout_p"):
+        raise RuntimeError(
+            f"handtuned.{op}: dropout_p is {given['dropout_p']} beside DTensors, the limit is 0: a process does not "
+            "know which elements of the mask are its own; use torch.nn.Dropout"
+        )
+
+
+def _register(op: str) -> None:
     names = [argument.name for argument in ops.OPS[op]._schema.arguments]
 
     def offered(*args: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
-        given = dict(zip(names, args, strict=True))
-        if given.get("dropout_p"):
+        if op not in _RULES:
             raise RuntimeError(
-                f"handtuned.{op}: dropout_p is {given['dropout_p']} and the tensors are DTensors, the limit is 0: "
-                "a process knows its part alone, not which elements of the mask are its own; use torch.nn.Dropout"
+                f"handtuned.{op}: no rule says how to split it over processes, so it takes no DTensor; "
+                "pass to_local() or full_tensor()"
             )
+        given = dict(zip(names, args, strict=True))
+        _check_dropout(op, given)
         return [
             (outputs, [inputs.get(name, R) if hasattr(spec, "placements") else None for name, spec in given.items()])
-            for outputs, inputs in rules(given)
+            for outputs, inputs in _RULES[op](given)
         ]
 
     register_sharding(ops.OPS[op])(offered)
 
 
-for _op, _rules in _RULES.items():
-    _register(_op, _rules)
+for _op in ops.OPS:
+    _register(_op)
