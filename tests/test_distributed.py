@@ -189,7 +189,8 @@ def sharded_rows(rank: int, folder: str) -> None:
 
     mesh = init_device_mesh("cpu", (PROCESSES,))
     generator = torch.Generator().manual_seed(4)
-    shapes = (4, 6, WIDTH), (4, 6, WIDTH), (WIDTH,), (WIDTH,), (WIDTH, WIDTH), (4, 6, WIDTH), (4, 6, WIDTH)
+    rows = (3, 5, WIDTH)  # of which the processes have unequal parts
+    shapes = rows, rows, (WIDTH,), (WIDTH,), (WIDTH, WIDTH), rows, rows
     *whole, grad, grad_sum = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
     calls: list[Callable[..., Any]] = [
         lambda x, r, w, b, m: H.add_layer_norm(x, r, (WIDTH,), w, b),
