@@ -1,4 +1,4 @@
-"""Every family from several threads and processes at once: the bits of a call alone, and nobody waits forever or crashes.
+"""Every family from several threads and processes at once: the bits of a call alone, no crash, no deadlock.
 
 Each program runs in a process of its own with a watchdog (test_rnn_threads.py, which has what is the recurrent layers'
 alone). What they call is in thread_subjects.py.
@@ -37,8 +37,8 @@ def run_program(program: str) -> str:
 
 
 def test_python_threads_of_changing_counts() -> None:
-    """Four threads: at first all in the same family, whose packed weights nobody has made yet, then in unlike ones. Each
-    asks for another number of threads before every call."""
+    """Four threads: at first all in the same family, whose packed weights nobody has made yet, then in unlike ones.
+    Each asks for another number of threads before every call."""
     program = """
 meet = threading.Barrier(4)
 
@@ -102,8 +102,8 @@ print(statuses, all(found), with_two())
 
 
 def test_interrupts() -> None:
-    """Ctrl-C in the middle of long calls, and anywhere in a training step: KeyboardInterrupt when the call is over. What
-    was begun is no part of what comes later."""
+    """Ctrl-C in the middle of long calls, and anywhere in a training step: KeyboardInterrupt when the call is over.
+    What was begun is no part of what comes later."""
     program = """
 signal.signal(signal.SIGINT, signal.default_int_handler)
 q = torch.randn(1, 1, 1 << 13, 64)
