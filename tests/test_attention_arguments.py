@@ -271,3 +271,17 @@ def test_mask_beside_is_causal_means_both(kernels: str, dtype: torch.dtype) -> N
     mask = torch.rand(6, 6) < 0.7
     both = H.scaled_dot_product_attention(q, k, v, mask, is_causal=True)
     assert both.equal(H.scaled_dot_product_attention(q, k, v, mask & torch.ones(6, 6).tril().bool()))
+
+
+def test_a_query_without_dims_is_named() -> None:
+    """With the default scale, which depends on its width."""
+    scalar, keys, starts = torch.tensor(1.0), torch.randn(2, 2, 9, 4), torch.tensor([0, 3, 6], dtype=torch.int32)
+    calls: list[Callable[[], Any]] = [
+        lambda: H.scaled_dot_product_attention(scalar, keys, keys),
+        lambda: H.attention_varlen(scalar, keys[0], keys[0], starts, starts),
+        lambda: H.attention_with_kv_cache(scalar, keys, keys, cache_lengths=starts[1:]),
+        lambda: H.attention_weights(scalar, keys, torch.randn(2, 2, 3)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"query has shape \[\], expected .* dims.*; unsqueeze"):
+            call()

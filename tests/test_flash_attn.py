@@ -308,6 +308,11 @@ def test_rotary(width: int, interleaved: bool, causal: bool) -> None:
     ("call", "message"),
     [
         (lambda: fa.flash_attn_func(*(draw(5, 4, 6),) * 3), r"q has shape \[5, 4, 6\], expected \(B, L, H, D\)"),
+        (lambda: fa.flash_attn_func(draw(), *(draw(1, 5, 2, 6),) * 2), r"q has shape \[\], expected \(B, L, H, D\)"),
+        (
+            lambda: fa.flash_attn_varlen_func(draw(6), *(draw(8, 4, 6),) * 2, Q_STARTS, K_STARTS, 5, 5),
+            r"q has shape \[6\], expected \(T, H, D\); reshape it first",
+        ),
         (lambda: fa.flash_attn_func(draw(1, 5, 3, 6), *(draw(1, 5, 2, 6),) * 2), r"query has 3 heads"),
         (
             lambda: fa.flash_attn_qkvpacked_func(draw(2, 5, 2, 4, 6)),
@@ -333,6 +338,16 @@ def test_bad_input(call: Any, message: str) -> None:
     ("changed", "message"),
     [
         ({"q": draw(2, 1, 4, 6).requires_grad_()}, "query requires a gradient"),
+        ({"q": draw(4, 6)}, r"q has shape \[4, 6\], expected \(B, L, H, D\); reshape it first"),
+        ({"v": draw()}, r"v has shape \[\], expected \(B, L, H, D\)"),
+        ({"k_cache": draw(6)}, r"k_cache has shape \[6\], expected \(Bc, Lmax, Hk, D\)"),
+        (
+            {"v_cache": draw(6), "block_table": torch.zeros(2, 1).int()},
+            r"v_cache has shape \[6\], expected pages \(P, page, Hk, D\)",
+        ),
+        ({"block_table": torch.zeros(2).int()}, r"block_table has shape \[2\], expected \(B, max_pages\)"),
+        ({"cache_batch_idx": torch.tensor(0)}, r"cache_batch_idx has shape \[\], expected \(B,\)"),
+        ({"cache_leftpad": torch.tensor(0)}, r"cache_leftpad has shape \[\], expected \(B,\)"),
         ({"cache_seqlens": None}, "k is given without cache_seqlens"),
         ({"cache_batch_idx": torch.tensor([0, 1]), "block_table": torch.zeros(2, 1).int()}, "both given"),
         ({"rotary_cos": torch.ones(9, 3)}, "of k, rotary_cos and rotary_sin some are None"),

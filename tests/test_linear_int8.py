@@ -227,6 +227,20 @@ def test_gradients_pass_the_dequantised_weight(kernels: str, quantize_input: boo
     assert torch.autograd.grad(found[0].sum(), x)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(), (6,), (2, 5, 6)], ids=str)
+def test_a_weight_has_two_dims(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=r"weight has shape \[.*\], expected \[out_features, in_features\]; reshape"):
+        H.quantize_linear_weight(torch.randn(shape))
+
+
+def test_sums_of_junk_wrap() -> None:
+    """Packed bytes are the caller's: where they hold other sums than the weight's own, only the result is wrong."""
+    q, scale = H.quantize_linear_weight(torch.randn(70, 6))
+    packed = H.pack_int8_weight(q)
+    junk = torch.full_like(packed, -128)
+    assert H.linear_int8(torch.randn(3, 6), junk, scale, quantize_input=True).isfinite().all()
+
+
 def test_a_scale_cannot_be_trained() -> None:
     q, scale = H.quantize_linear_weight(torch.randn(5, 6))
     with pytest.raises(RuntimeError, match=r"scale requires grad.*detach it"):

@@ -236,6 +236,11 @@ def test_packed_weights_of_another_instruction_set_are_refused(isa: str) -> None
                 ops.rnn(*args)
 
 
+def test_no_weights_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="weights has 0 tensors, expected 1 layer's or more; pass torch's flat"):
+        H.pack_rnn_weights("LSTM", [])
+
+
 def test_packed_weights_of_another_size_are_refused() -> None:
     packed = ops.rnn_pack(weights(hidden=4, width=3), "LSTM", False, True, 0.0, None)
     args = (None, None, None, packed, "LSTM", 8, 0, 1, False, 0.0, None, None, False, False)

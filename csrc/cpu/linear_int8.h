@@ -185,9 +185,9 @@ inline void dequantize_row(const LinearInt8& p, int64_t r, int64_t c, int64_t n,
   for (int64_t i = 0; i < n; i += L) {
     const int64_t panel = (c + i) / kLinearPanel, column = (c + i) % kLinearPanel;
     const quad* last = static_cast<const quad*>(p.packed) + ((panel + 1) * quads - 1) * kLinearPanel;
-    // s scale (sum - zero column_sum)
-    const i32 exact = load(sums + i) - row.zero * load_bits<i32>(last + column);
-    store(values + i, __builtin_convertvector(exact, f32) * (row.scale * load_first(p.scale + c + i, n - i)));
+    // s scale (sum - zero column_sum), which wraps where a packed weight from elsewhere has other sums than its own
+    const u32 exact = (u32)load(sums + i) - uint32_t(row.zero) * load(last + column);
+    store(values + i, __builtin_convertvector((i32)exact, f32) * (row.scale * load_first(p.scale + c + i, n - i)));
   }
 }
 

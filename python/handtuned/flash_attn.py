@@ -215,16 +215,22 @@ def flash_attn_with_kvcache(
     Returns:
         (B, Lq, H, Dv); with return_softmax_lse also the lse (B, H, Lq).
     """
+    op = "flash_attn_with_kvcache"
+    pages = "(Bc, Lmax, Hk, D)" if block_table is None else "pages (P, page, Hk, D)"
+    _require_dims(op, "(B, L, H, D)", q=q, k=k, v=v)
+    _require_dims(op, pages, k_cache=k_cache, v_cache=v_cache)
+    _require_dims(op, "(B, max_pages)", block_table=block_table)
+    _require_dims(op, "(B,)", cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad)
     if cache_batch_idx is not None:
         _require(
             block_table is None,
-            "flash_attn_with_kvcache",
+            op,
             "cache_batch_idx and block_table are both given; the latter says where each sequence is, pass it alone",
         )
         block_table = cache_batch_idx.to(torch.int32)[:, None]  # a row of the cache is a page
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None:
-        _require(k is None, "flash_attn_with_kvcache", "k is given without cache_seqlens; pass where k goes")
+        _require(k is None, op, "k is given without cache_seqlens; pass where k goes")
         cache_seqlens = capacity
     if isinstance(cache_seqlens, int):
         cache_seqlens = torch.full(q.shape[:1], cache_seqlens, dtype=torch.int32, device=q.device)
@@ -259,6 +265,14 @@ def flash_attn_with_kvcache(
 def _require(ok: bool, function: str, message: str) -> None:
     if not ok:
         raise RuntimeError(f"handtuned.{function}: {message}")
+
+
+def _require_dims(function: str, form: str, **tensors: Tensor | None) -> None:
+    """Each has one dim for each name in form."""
+    dims = form.count(",") + (not form.endswith(",)"))
+    for name, x in tensors.items():
+        if x is not None:
+            _require(x.dim() == dims, function, f"{name} has shape {list(x.shape)}, expected {form}; reshape it first")
 
 
 def _window(window_size: Window) -> Window:
@@ -301,10 +315,9 @@ def _attend(
     op: str, q: Tensor, k: Tensor, v: Tensor, q_starts: Tensor | None, k_starts: Tensor | None, options: _Options
 ) -> Results:
     """Dense without starts, else packed."""
+    _require_dims(op, "(B, L, H, D)" if q_starts is None else "(T, H, D)", q=q, k=k, v=v)
     dropout_p, slopes, scoring = options.dropout_p, options.alibi_slopes, options.scoring(op, q)
     if q_starts is None:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            _require(x.dim() == 4, op, f"{name} has shape {list(x.shape)}, expected (B, L, H, D); reshape it first")
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     seed = _next_seed(q) if options.return_attn_probs and dropout_p > 0 else None
     output, lse = attend(q, k, v, None, q_starts, k_starts, None, slopes, None, *scoring, dropout_p)
@@ -339,10 +352,8 @@ def _attend_to_pages(
     op, p = "flash_attn_varlen_func", options.dropout_p
     refuse_gradients(op, q=q, k=k, v=v)
     _require(p == 0, op, f"dropout_p is {p}, with block_table the limit is 0; pages serve inference")
-    for name, x in (("k", k), ("v", v)):
-        _require(
-            x.dim() == 4, op, f"{name} has shape {list(x.shape)}, expected pages (P, page, Hk, D); reshape it first"
-        )
+    _require_dims(op, "(T, H, D)", q=q)
+    _require_dims(op, "pages (P, page, Hk, D)", k=k, v=v)
     output, lse = kernels_for("attention", q).attention(
         *(q, k.transpose(1, 2), v.transpose(1, 2), None, q_starts, None, k_starts.diff(), block_table),
         *(options.alibi_slopes, None, *options.scoring(op, q), 0.0, None),

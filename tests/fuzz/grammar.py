@@ -210,6 +210,17 @@ TENSORS: list[Callable[[Tensor], Any]] = [
     lambda t: t.to_sparse(),
     lambda t: t.detach().clone().requires_grad_() if t.is_floating_point() else t,
 ]
+BYTES: list[Callable[[Tensor], Any]] = [  # packed weights: what is in them are numbers, never places
+    lambda t: t,
+    lambda t: t[:0] if t.dim() else t,
+    lambda t: t[:-1] if t.dim() else t,
+    lambda t: t[None],
+    lambda t: t.float(),
+    lambda t: t.to("meta"),
+    lambda t: t.fill_(127),
+    lambda t: t * 37 + 11,
+    lambda t: t.bitwise_not_(),
+]
 INTS = [-1, 0, 1, 2, 7, -(2**63), 2**31, 2**62]
 FLOATS = [-1.0, 0.0, 0.5, 1.0, 2.0, math.nan, math.inf, -math.inf, 1e300, 1e-300]
 STRANGERS: list[Any] = [None, 3, 0.5, "x", True, [1, 2], (), {}, b"", object()]
@@ -221,8 +232,8 @@ def changed(value: Any, choices: Choices, large: bool) -> tuple[Any, bool]:
         stranger = choices.of([*STRANGERS, torch.ones(2, 3), torch.tensor([1, 0])])
         return stranger, type(stranger) is not type(value)
     if isinstance(value, Tensor):
-        if value.dtype in (torch.uint8, torch.int8):  # packed weights: other numbers in them are other weights
-            return choices.of([value, value[:0], value[:-1], value[None], value.float(), value.to("meta")]), False
+        if value.dtype in (torch.uint8, torch.int8):
+            return choices.of(BYTES)(value), False
         try:
             return choices.of(TENSORS)(value), False
         except (RuntimeError, IndexError):  # a change that torch does not make of this dtype or layout

@@ -148,7 +148,8 @@ def visible_window(op: str, is_causal: bool, causal_alignment: str, window: Wind
 
 
 def _scale(query: Tensor) -> float:
-    return 1.0 / math.sqrt(query.size(-1) or 1)  # a width of 0 is an error of the op's
+    width = query.size(-1) if query.dim() else 0
+    return 1.0 / math.sqrt(width or 1)  # a width of 0, or none, is an error of the op's
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -73,6 +73,11 @@ def quantize_linear_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         quantized, int8 like weight, from -127 to 127; scale (out_features,) float32, a row's largest value over 127.
     """
+    if weight.dim() != 2:
+        raise RuntimeError(
+            f"handtuned.quantize_linear_weight: weight has shape {list(weight.shape)}, expected "
+            "[out_features, in_features]; reshape it"
+        )
     return reference.quantize_weight(weight)
 
 

@@ -48,6 +48,10 @@ def pack_rnn_weights(
         changes of the weights, and carries no gradient.
     """
     mode = variant_of("pack_rnn_weights", mode, options).mode(mode)
+    if not weights:
+        raise RuntimeError(
+            "handtuned.pack_rnn_weights: weights has 0 tensors, expected 1 layer's or more; pass torch's flat weights"
+        )
     with torch.no_grad():
         kernels = kernels_for("rnn_pack", weights[0], mode)
         packed: Tensor = kernels.rnn_pack(list(weights), mode, bidirectional, bias, 0.0, None)
