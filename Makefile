@@ -54,6 +54,7 @@ test-gpu-full: $(VENV)/test-build.stamp
 		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_budgets.py tests/test_ptx_norm.py \
 		tests/test_ptx_attention.py tests/test_ptx_rnn.py tests/test_cuda_races.py
 	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
+	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_packaging.py -k cuda_library
 	HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1 $(BIN)/python -m pytest tests/test_triton_attention.py \
 		tests/test_triton_attention_budgets.py
 

@@ -2,7 +2,7 @@
 
 Two runs of fuzz/run.py, each in a process of its own: what hypothesis draws, on the library as it is; and, with the
 sanitizers in the C++ code, what a search for code that was not reached yet draws. For a longer hunt set
-HANDTUNED_FUZZ_SEED and HANDTUNED_FUZZ_SECONDS; a word that was found is replayed with --replay.
+HANDTUNED_FUZZ_SEED and HANDTUNED_FUZZ_CALLS; a word that was found is replayed with --replay.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from handtuned import flash_attn, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path(__file__).parent / "fuzz" / "run.py"
-SECONDS = float(os.environ.get("HANDTUNED_FUZZ_SECONDS", 8))
+CALLS = int(os.environ.get("HANDTUNED_FUZZ_CALLS", 2000))
 SEED = int(os.environ.get("HANDTUNED_FUZZ_SEED", 1))
 
 
 def fuzzed(way: str, folder: Path, *options: str, **environment: str) -> str:
     last = folder / "last"
-    given = ["--seed", str(SEED), "--seconds", str(SECONDS), "--last", str(last), *options]
+    given = ["--seed", str(SEED), "--calls", str(CALLS), "--last", str(last), *options]
     done = subprocess.run(
         [sys.executable, str(RUN), *given],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=240 + CALLS / 10,
     )
     word = last.read_text().strip() if last.exists() else ""
     said = f"{way}, seed {SEED}, status {done.returncode}, last word {word}"

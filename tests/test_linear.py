@@ -411,6 +411,7 @@ def test_nothing_is_kept_where_it_would_be_stale_or_useless(module: handtuned.nn
 def test_the_kept_weight_goes_with_its_module() -> None:
     module = handtuned.nn.Linear(70, 80).eval()
     assert is_right(module)
+    gc.collect()  # what other tests left
     before = len(packing._kept)
     del module
     gc.collect()

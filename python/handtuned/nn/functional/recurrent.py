@@ -216,6 +216,8 @@ def run(
     x: Tensor = input if sequence is None else sequence.data  # type: ignore[assignment]
     h0, c0 = _states(op, mode, hx)
     ws = list(weights)
+    kinds = sorted({type(w).__name__ for w in ws if not isinstance(w, Tensor)})
+    _require(op, not kinds, f"weights has {', '.join(kinds)}, expected tensors alone; pass the parameters themselves")
     if _any_autocast():
         x, h0, c0, *ws = _autocast([x, h0, c0, *ws])  # type: ignore[assignment]
         packed = packed if ws[0].dtype == weights[0].dtype else None
@@ -270,6 +272,8 @@ def run_cell(
     """One step of one layer: the same op over a sequence of one."""
     h0, c0 = _states(op, mode, hx)
     ws = list(weights)
+    kinds = sorted({type(w).__name__ for w in ws if not isinstance(w, Tensor)})
+    _require(op, not kinds, f"weights has {', '.join(kinds)}, expected tensors alone; pass the parameters themselves")
     if _any_autocast():
         input, h0, c0, *ws = _autocast([input, h0, c0, *ws])  # type: ignore[assignment]
         packed = packed if ws[0].dtype == weights[0].dtype else None
