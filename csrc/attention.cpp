@@ -35,7 +35,7 @@ Tensor mirror(const Tensor& like, int64_t width, bool zeros) {
     const int64_t row = one(s[1]) * one(width), strides[4] = {one(s[2]) * row, one(width), row, 1};
     return empty_strided(Shape(sizes, 4), Shape(strides, 4), like.scalar_type(), like.device());
   }();
-  if (zeros) zero(result);
+  if (zeros) fill(result, 0);
   return result;
 }
 
@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
       empty_if(need_mask, mask ? mask->sizes() : Shape(), mask ? mask->scalar_type() : ScalarType::Float, place.device);
   Tensor grad_sinks = empty_if(need_sinks, sinks ? sinks->sizes() : Shape(),
                                sinks ? sinks->scalar_type() : ScalarType::Float, place.device);
-  if (need_mask) zero(grad_mask);
-  if (need_sinks) zero(grad_sinks);
+  if (need_mask) fill(grad_mask, 0);
+  if (need_sinks) fill(grad_sinks, 0);
   if (!none) {
     OptionalTensor unused;
     p.grad_output = operand(grad_output, h.grad_output);

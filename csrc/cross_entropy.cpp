@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   const ScalarType wide = wide_type(input);
   Tensor loss = empty(shape_of(p.reduction == Reduction::none ? sizes : Sizes{}), wide);
   Tensor stats = empty({2, target.numel()}, wide);
-  zero(loss), zero(stats);
+  fill(loss, 0), fill(stats, 0);
   const Tensor running = empty({4, p.rows}, wide);
   const Tensor partials = empty({3, p.rows > 0 ? linear_panels(p.chunk) : 0, p.rows}, wide);
   p.loss = loss.data_ptr(), p.top = stats.data_ptr();
@@ -153,9 +153,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   Tensor grad_input = empty_if(need_input, input.sizes(), dtype);
   Tensor grad_weight = empty_if(need_linear_weight, linear_weight.sizes(), dtype);
   Tensor grad_bias = empty_if(need_linear_bias, {p.classes}, dtype);
-  if (p.rows < target.numel()) zero(grad_input);
+  if (p.rows < target.numel()) fill(grad_input, 0);
   if (p.rows == 0) {
-    zero(grad_weight), zero(grad_bias);
+    fill(grad_weight, 0), fill(grad_bias, 0);
     return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
   OptionalTensor grad_copy, stats_copy;

@@ -164,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   Tensor grad_weight = empty_if(need_weight, weight.sizes(), dtype);
   Tensor grad_bias = empty_if(need_bias, {p.out}, dtype);
   if (p.rows == 0 || p.out == 0 || p.in == 0) {  // sums over nothing; the bias alone may have rows to sum
-    for (const Tensor* t : {&grad_input, &grad_weight, &grad_bias}) zero(*t);
+    for (const Tensor* t : {&grad_input, &grad_weight, &grad_bias}) fill(*t, 0);
     if (p.rows == 0 || p.out == 0) return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
   p.grad_output = strided_rows(grad_output, 1, h.grad_output);

@@ -124,11 +124,6 @@ Tensor empty_like(const Tensor& tensor) {
   return owned;
 }
 
-void zero(const Tensor& tensor) {
-  if (tensor.numel() == 0) return;  // its pointer may be null, which memset must not be given
-  std::memset(tensor.data_ptr(), 0, size_t(tensor.numel()) * size_of(tensor.scalar_type()));
-}
-
 Tensor empty(Shape sizes, ScalarType dtype, Device device) {
   int64_t strides[64], n = 1;
   const int64_t ndim = int64_t(sizes.size());

@@ -103,12 +103,11 @@ void check_shape(const char* op, const char* name, const Tensor& tensor, const S
 Tensor empty(Shape sizes, ScalarType dtype, Device device = {});
 Tensor empty_strided(Shape sizes, Shape strides, ScalarType dtype, Device device = {});  // strides that leave no gaps
 Tensor empty_like(const Tensor& tensor);  // its dims in the same order in memory, without gaps
-void zero(const Tensor& tensor);          // of any number of elements
 inline Tensor empty_if(bool wanted, Shape sizes, ScalarType dtype, Device device = {}) {
   return wanted ? empty(sizes, dtype, device) : empty({0}, dtype, device);
 }
 
-void fill(const Tensor& tensor, double value);
+void fill(const Tensor& tensor, double value);  // on any device
 
 Tensor contiguous(const Tensor& tensor);
 
