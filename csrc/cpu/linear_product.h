@@ -3,7 +3,7 @@
 //   C[r][c] = sum_d B[r][d] A[d][c],   B: rows of a tensor, or its columns;   A: panels of columns (linear.h)
 //
 // Plan: pieces of work are (block of rows, group of panels). A piece goes through the summed dimension in blocks; in
-// each, a panel's block of A (kBlockSteps x kLinearPanel, in L1 or L2) is used for all rows of the piece, and B's
+// each, a panel's block of A (kBlockSteps x kLinearPanel, in L1) is used for all rows of the piece, and B's
 // block (in L2) for all its panels. C of the piece stays in L2 until its last block, then each row is finished and
 // stored while it is in the cache. Shapes alone decide the cut, so results do not depend on the number of threads.
 #pragma once
@@ -14,11 +14,12 @@
 
 namespace handtuned::HANDTUNED_ISA {
 
-inline constexpr int64_t kBlockSteps = 128;   // at most; each is summed on its own, so short ones round less
+// At most: of a panel 32 KB, which stay in L1 beside rows of B; a block is summed on its own, so short ones round less.
+inline constexpr int64_t kBlockSteps = 128;
 inline constexpr int64_t kBlockMultiple = 4;  // of steps: a block begins where four bytes of int8 weights do
 inline constexpr int64_t kMostRows = 192, kMostPanels = 4;  // of a piece
 inline constexpr int64_t kWantedPieces = 16;
-inline constexpr int64_t kStreamRows = 64;  // few: memory may be the limit
+inline constexpr int64_t kStreamRows = 64;  // up to so many, memory may be the limit
 
 struct ProductCut {
   int64_t panels, rows, row_blocks, groups;  // of a piece: panels, rows; and how many pieces
@@ -32,7 +33,7 @@ struct ProductCut {
       return row_blocks * groups >= kWantedPieces;
     };
     while (!cut() && (panels > 1 || most_rows > kMostRows / 4)) panels > 1 ? panels /= 2 : most_rows /= 2;
-    panels = (all_panels + groups - 1) / most(groups, 1);
+    panels = (all_panels + groups - 1) / most(groups, 1);  // groups of equal size: threads end together
     constexpr int64_t block = kBlockRows<2>;
     rows = ((all_rows + row_blocks - 1) / most(row_blocks, 1) + block - 1) / block * block;
   }
