@@ -60,15 +60,19 @@ struct World {
         kept(kept_for_ever(py::module_::import("handtuned.nn.packing").attr("_kept").attr("data"))),
         plain(of("handtuned.nn.functional.variants", "PLAIN")) {}
 };
-// nullptr with a torch that has no such things.
+// nullptr with a torch that has no such things. Not a static of C++: a thread in its initialiser may give up the GIL to
+// one that then waits for the initialiser.
 const World* world() {
-  static const World* found = []() -> const World* {
+  static const World* found = nullptr;
+  static bool looked = false;
+  if (!looked) {
     try {
-      return new World;
+      const World* made = new World;  // twice where two threads look at once: all of it is Python's own
+      found = made;
     } catch (const py::error_already_set&) {
-      return nullptr;
     }
-  }();
+    looked = true;
+  }
   return found;
 }
 
