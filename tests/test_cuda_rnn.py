@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import handtuned
 from handtuned import ops
+from handtuned.autograd import kernels_for
 from handtuned.nn import functional as H
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -179,24 +180,27 @@ def test_lengths_lie_on_the_cpu() -> None:
             ops.rnn_inference(x, lengths, None, None, packed, "GRU", 5, 0, 1, False)
 
 
-def test_layer_normalisation_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the skin and by the ops' checks, in the same words; not where no such kernel would serve."""
+def test_layer_normalisation_is_refused() -> None:
     words = r"mode is 'GRU layernorm', and the CUDA kernels do not normalise gates; use handtuned\.backend"
     t = rc.tensors(Case("GRU", (2, 3, 4, 5), options=(("layer_norm", True),)))
-    arguments = ("GRU layernorm", False, True, 0.0, None)
     with simt_tools.emulated(), pytest.raises(RuntimeError, match=words):
-        ops.rnn_pack(list(t.weights), *arguments)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        weights = [torch.empty(w.shape, device="cuda:0") for w in t.weights]
-        ops.rnn_pack(weights, *arguments)
-        library = tmp_path / "libhandtuned_cuda.so"
-        library.touch()
-        monkeypatch.setattr(handtuned.backends, "build_facts", {"cuda": "built: nvcc 13.0"})
-        monkeypatch.setattr(handtuned.backends, "cuda_library", library)
-        with handtuned.backend("reference"):
-            ops.rnn_pack(weights, *arguments)
-        with pytest.raises(RuntimeError, match=words):
-            ops.rnn_pack(weights, *arguments)
+        ops.rnn_pack(list(t.weights), "GRU layernorm", False, True, 0.0, None)
+
+
+def test_layer_normalisation_on_cuda_is_the_formula(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Functions and modules ask the policy table, which knows, before the dispatcher gives the call to the CUDA library."""
+    library = tmp_path / "libhandtuned_cuda.so"
+    library.touch()
+    monkeypatch.setattr(handtuned.backends, "build_facts", {"cuda": "built: nvcc 13.0"})
+    monkeypatch.setattr(handtuned.backends, "cuda_library", library)
+    monkeypatch.setattr(handtuned.backends, "_warned", set())
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, device="cuda:0")
+    assert kernels_for("rnn", x, "GRU") is ops
+    with pytest.warns(handtuned.FallbackWarning, match="cuda: no GPU kernel normalises recurrent gates"):
+        assert kernels_for("rnn", x, "GRU layernorm").is_formula
+    with handtuned.strict(), pytest.raises(handtuned.FallbackError, match="normalises recurrent gates"):
+        kernels_for("rnn", x, "GRU layernorm")
 
 
 # ---- planted bugs ----------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_explain_names_kernel_tile_and_reason() -> None:
 def test_layer_norm_of_gates_is_refused_or_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("GRU", (2, 2, 3, 4), options=(("layer_norm", True),))
     t = rc.tensors(case)
-    with pytest.raises(RuntimeError, match="the Triton kernels do not normalise recurrent gates"):
+    with pytest.raises(RuntimeError, match="no GPU kernel normalises recurrent gates"):
         rc.run(case, t)
     device, mode = torch.device("cuda", 0), case.cell.mode
     monkeypatch.setattr(handtuned.backends, "triton_status", lambda: None)
@@ -172,7 +172,7 @@ def test_layer_norm_of_gates_is_refused_or_the_references(monkeypatch: pytest.Mo
         assert handtuned.backends.choose("rnn", device, F32, "GRU")[0].backend == "triton"
         packed = handtuned.ops.rnn_pack(t.weights, mode, False, True, 0.0, None)
         args = (t.input, None, None, None, packed, mode, 4, 0, 1, False, 0.0, None, None, False, False)
-        with pytest.warns(FallbackWarning, match="do not normalise recurrent gates"):
+        with pytest.warns(FallbackWarning, match="normalises recurrent gates"):
             handtuned.backends.serve_device("rnn", torch.empty(1, device="meta"), mode, args)
 
 

@@ -28,7 +28,7 @@ def kernels_for(op: str, input: Tensor, mode: str = "") -> Any:
         return backends.formula(op, input)
     if type(input) is not Tensor and type(input).__name__ == "DTensor" and not torch.compiler.is_compiling():
         from . import sharding  # noqa: F401 (here, since it is slow to import; registers the ops' rules)
-    return ops if backends.plain else backends.kernels(op, input, mode)
+    return ops if backends.dispatched(input, mode) else backends.kernels(op, input, mode)
 
 
 def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:

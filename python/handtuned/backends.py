@@ -170,10 +170,14 @@ def cuda_status() -> str | None:
     return None if torch.cuda.is_available() and torch.version.cuda else "no CUDA device is available"
 
 
-def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_cuda(op: str, device: torch.device, dtype: torch.dtype, mode: str) -> str | None:
     if device.type != "cuda":
         return f"input is on {device.type}"
-    return why_no_cuda_kernel(op) or _why_not_capability(device) or _why_not_dtype(dtype)
+    return why_no_cuda_kernel(op) or _why_not_mode(mode) or _why_not_capability(device) or _why_not_dtype(dtype)
+
+
+def _why_not_mode(mode: str) -> str | None:
+    return "no GPU kernel normalises recurrent gates" if mode.endswith("layernorm") else None
 
 
 def _why_not_capability(device: torch.device) -> str | None:
@@ -184,9 +188,7 @@ def _why_not_capability(device: torch.device) -> str | None:
 
 
 def _why_not_triton(op: str, device: torch.device, dtype: torch.dtype, mode: str) -> str | None:
-    lacking = why_no_triton_kernel(op)
-    if mode.endswith("layernorm"):
-        return "the Triton kernels do not normalise recurrent gates"
+    lacking = why_no_triton_kernel(op) or _why_not_mode(mode)
     if lacking:
         return lacking
     if device.type in ("cuda", "xpu"):
@@ -204,7 +206,7 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype, mode: str = ""
     on_cpu = device.type == "cpu"
     return [
         Candidate("cpu", _C.isa(), _why_not_cpu(device, dtype)),
-        Candidate("cuda", "cuda c++", _why_not_cuda(op, device, dtype)),
+        Candidate("cuda", "cuda c++", _why_not_cuda(op, device, dtype, mode)),
         Candidate("triton", "interpreter" if on_cpu else "triton", _why_not_triton(op, device, dtype, mode)),
         Candidate("reference", "torch"),
     ]
@@ -249,9 +251,13 @@ def _namespace(candidate: Candidate) -> Any:
 def serve_device(op: str, main: torch.Tensor, mode: str, args: tuple[Any, ...]) -> Any:
     """The dispatcher's kernel for every device but the CPU; arguments are checked and on `main`'s device."""
     chosen, table = choose(op, main.device, main.dtype, mode)
-    if chosen.backend == "reference" and _state.backend == "auto":
-        fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
+    _say_if_formula(op, chosen, table)
     return getattr(_namespace(chosen), op)(*args)
+
+
+def _say_if_formula(op: str, chosen: Candidate, table: list[Candidate]) -> None:
+    if chosen.backend == "reference" and _state.backend == "auto" and _state.record is None:
+        fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
 
 
 class Direct:
@@ -287,10 +293,16 @@ class Direct:
 
 
 def kernels(op: str, input: torch.Tensor, mode: str = "") -> Direct:
-    """The namespace that serves an op (and its backward) on this input, when not `plain`."""
+    """The namespace that serves an op (and its backward) on this input, when the dispatcher alone does not tell."""
     chosen, table = choose(op, input.device, input.dtype, mode)
+    _say_if_formula(op, chosen, table)
     auto = _state.backend == "auto" and chosen.backend != "reference"
     return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)
+
+
+def dispatched(input: torch.Tensor, mode: str) -> bool:
+    """Whether torch's dispatcher finds what serves a call: nothing is switched, and a device's own kernels take it."""
+    return plain and not (input.is_cuda and _why_not_mode(mode))
 
 
 def formula(op: str, input: torch.Tensor) -> Direct:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
 from .cells import CELLS, MODES, RATES, Cell
 from .common import Arguments, by_name, namespace, register, wide_dtype
 
@@ -55,12 +54,6 @@ class RnnArguments(Arguments):
         mode = self.mode = self["mode"]
         self.require(mode in CELLS, f"mode is '{mode}', {MODES}")
         self.cell = CELLS[mode]
-        on_cuda = self.main.device.type == "cuda" and backends.runs_kernels()
-        self.require(
-            not (self.cell.layernorm and on_cuda and backends.why_no_cuda_kernel(self.op) is None),
-            f"mode is '{mode}', and the CUDA kernels do not normalise gates; use handtuned.backend('reference') or "
-            "move the input to the CPU",
-        )
         if self.weights is not None:
             self._check_weights(self.weights)
         else:

@@ -194,6 +194,12 @@ def _permuted(state: Tensor | None, order: Tensor | None) -> Tensor | None:
     return state if state is None or order is None else state.index_select(1, order)
 
 
+def _tensors(op: str, weights: Sequence[Any]) -> list[Tensor]:
+    kinds = sorted({type(w).__name__ for w in weights if not isinstance(w, Tensor)})
+    _require(op, not kinds, f"weights has {', '.join(kinds)}, expected tensors alone; pass the parameters themselves")
+    return list(weights)
+
+
 def run(
     op: str,
     mode: str,
@@ -215,9 +221,7 @@ def run(
     sequence = input if isinstance(input, PackedSequence) else None
     x: Tensor = input if sequence is None else sequence.data  # type: ignore[assignment]
     h0, c0 = _states(op, mode, hx)
-    ws = list(weights)
-    kinds = sorted({type(w).__name__ for w in ws if not isinstance(w, Tensor)})
-    _require(op, not kinds, f"weights has {', '.join(kinds)}, expected tensors alone; pass the parameters themselves")
+    ws = _tensors(op, weights)
     if _any_autocast():
         x, h0, c0, *ws = _autocast([x, h0, c0, *ws])  # type: ignore[assignment]
         packed = packed if ws[0].dtype == weights[0].dtype else None
@@ -271,9 +275,7 @@ def run_cell(
 ) -> Any:
     """One step of one layer: the same op over a sequence of one."""
     h0, c0 = _states(op, mode, hx)
-    ws = list(weights)
-    kinds = sorted({type(w).__name__ for w in ws if not isinstance(w, Tensor)})
-    _require(op, not kinds, f"weights has {', '.join(kinds)}, expected tensors alone; pass the parameters themselves")
+    ws = _tensors(op, weights)
     if _any_autocast():
         input, h0, c0, *ws = _autocast([input, h0, c0, *ws])  # type: ignore[assignment]
         packed = packed if ws[0].dtype == weights[0].dtype else None
