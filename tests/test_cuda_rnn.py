@@ -188,7 +188,7 @@ def test_layer_normalisation_is_refused() -> None:
 
 
 def test_layer_normalisation_on_cuda_is_the_formula(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Functions and modules ask the policy table, which knows, before the dispatcher gives the call to the CUDA library."""
+    """Functions and modules ask the policy table before the dispatcher gives the call to the CUDA library."""
     library = tmp_path / "libhandtuned_cuda.so"
     library.touch()
     monkeypatch.setattr(handtuned.backends, "build_facts", {"cuda": "built: nvcc 13.0"})
