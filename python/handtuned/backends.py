@@ -138,7 +138,8 @@ def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
     from . import ops
 
-    families = (ops.NORM_OPS, ops.ATTENTION_OPS, ops.RNN_OPS, ops.LINEAR_OPS, ops.CROSS_ENTROPY_OPS, ("rotary",))
+    linear = ops.LINEAR_OPS | ops.LINEAR_INT8_OPS | ops.CROSS_ENTROPY_OPS
+    families = (ops.NORM_OPS, ops.ATTENTION_OPS, ops.RNN_OPS, linear, ops.ROTARY_OPS)
     return None if any(op in family for family in families) else "no Triton kernel for this op"
 
 
