@@ -181,8 +181,8 @@ def _rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Ten
 def _keeps_nothing(keep: int) -> None:
     if keep:
         raise RuntimeError(
-            f"handtuned.linear_cross_entropy: keep is {keep}, the limit of the Triton kernels is 0, they make the logits "
-            "again; pass 0"
+            f"handtuned.linear_cross_entropy: keep is {keep}, the limit of the Triton kernels is 0, they make the "
+            "logits again; pass 0"
         )
 
 

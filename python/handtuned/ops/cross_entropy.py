@@ -32,7 +32,8 @@ class CrossEntropyArguments(Arguments):
     def keep(self) -> int:
         """Of how many classes probabilities are kept."""
         kept = self["kept"]
-        return self["keep"] if kept is None else kept.shape[1]
+        keep: int = self["keep"] if kept is None else kept.shape[1]
+        return keep
 
     def check(self) -> None:
         kept = self["kept"]
