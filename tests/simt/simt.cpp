@@ -41,6 +41,7 @@ void end_of_thread(Lane& lane) {
 void thread_main() {
   Lane* lane = self();
   lane->fiber.started();
+  observe(&state.begun);
   (*state.body)();
   publish(&state);
   end_of_thread(*lane);
@@ -165,6 +166,7 @@ int launch(const Launch& what, const std::function<void()>& body) {
   }
   ++counts.launches;
   state.body = &body;
+  publish(&state.begun);
   state.cooperative = what.cooperative;
   state.failed = false;
   state.random = (config.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
@@ -180,7 +182,7 @@ int launch(const Launch& what, const std::function<void()>& body) {
     if (!what.cooperative || i + 1 == order.size()) run();
   }
   observe(&state);
-  reuse_stacks();
+  reuse_places();
   return state.failed ? kLaunchFailure : 0;
 }
 

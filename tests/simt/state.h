@@ -101,6 +101,7 @@ struct State {
   size_t running = 0;
   uint64_t random = 1;
   bool failed = false;
+  char begun;  // to publish(): what was done before the launch
 };
 extern State state;
 extern std::string error_text;
