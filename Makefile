@@ -51,7 +51,7 @@ test: $(VENV)/test-build.stamp lint .venv-docs/requirements.stamp
 
 test-gpu-full: $(VENV)/test-build.stamp
 	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py \
-		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_budgets.py tests/test_ptx_norm.py \
+		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_hunt.py tests/test_cuda_budgets.py tests/test_ptx_norm.py \
 		tests/test_ptx_attention.py tests/test_ptx_rnn.py tests/test_cuda_races.py
 	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
 	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_packaging.py -k cuda_library

@@ -202,8 +202,8 @@ void decode(Kernel& kernel) {
       in.ftz |= part == "ftz";
       in.sat |= part == "sat";
     }
-    if (!decode_scalar(in) && !decode_integer(in) && !decode_convert(in) && !decode_memory(in) && !decode_warp(in) &&
-        !decode_control(in))
+    if (!decode_arithmetic(in) && !decode_integer(in) && !decode_move(in) && !decode_convert(in) &&
+        !decode_memory(in) && !decode_warp(in) && !decode_control(in))
       throw Error("the PTX simulator does not know this instruction (line " + std::to_string(in.line) + " of " +
                   kernel.name + "): " + in.text);
   }
