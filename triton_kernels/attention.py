@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import common, tuning
+from . import common, descriptors, tuning
 from .attention_backward import delta_kernel, keys_kernel, mask_kernel, rows_kernel, sinks_kernel
 from .attention_forward import forward_kernel, merge_kernel
 from .attention_tile import Entries, Inputs, Mask, Rows, Sizes
@@ -32,8 +32,8 @@ def _rows(tensor: Tensor | None) -> Rows:
     if tensor is None:
         return Rows(None)
     if tensor.dim() == 4:
-        return Rows(tensor, *tensor.stride()[:3])
-    return Rows(tensor, 0, tensor.stride(1), tensor.stride(0))
+        return Rows(tensor, *common.hidden_strides(*tensor.stride()[:3]))
+    return Rows(tensor, *common.hidden_strides(0, tensor.stride(1), tensor.stride(0)))
 
 
 def _mask(mask: Tensor | None) -> Mask:
@@ -43,7 +43,8 @@ def _mask(mask: Tensor | None) -> Mask:
         mask = mask.view(torch.uint8)
     lead = 4 - mask.dim()
     strides = [stride if size != 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    return Mask(mask, *[0] * lead, *strides)
+    *rows, key = [0] * lead + strides
+    return Mask(mask, *common.hidden_strides(*rows), None if key == 1 else common.hidden(key))
 
 
 def _like(tensor: Tensor, width: int) -> Tensor:
@@ -69,14 +70,48 @@ class Problem(NamedTuple):
         return self.inputs.query.data
 
     @property
-    def hides(self) -> bool:
-        """Whether a key that exists may be hidden from some queries of a tile."""
-        return self.form["WINDOWED"] or self.inputs.mask.data is not None
+    def packed(self) -> bool:
+        return self.entries.query_starts is not None
+
+    def hides(self, by_descriptor: bool, *bounds: Tensor | None) -> bool:
+        """Whether a key that exists may be hidden from some queries of a tile. bounds: what tells the device where rows
+        end, behind which a descriptor reads on."""
+        beyond = by_descriptor and any(bound is not None for bound in bounds)
+        return self.form["WINDOWED"] or self.inputs.mask.data is not None or beyond
+
+    def key_tiles(self, kernel: str, config: tuning.AttentionConfig, blocks: dict[str, Any]) -> tuple[Inputs, bool]:
+        """(inputs for a kernel that walks over keys, `hides`)."""
+        key, value, entries = self.inputs.key, self.inputs.value, self.entries
+        if config.descriptors and key.data is not None and value.data is not None:
+            widths = (blocks["WIDTH"], blocks["VALUE_WIDTH"])
+            page_size = None if entries.pages is None else self.sizes.page_size
+            found = descriptors.of_keys(kernel, key.data, value.data, config.keys, widths, page_size)
+            key, value = key._replace(block=found[0]), value._replace(block=found[1])
+        hides = self.hides(key.block is not None, entries.key_starts, entries.key_lengths, entries.pages)
+        return self.inputs._replace(key=key, value=value), hides
+
+    def query_tiles(
+        self, kernel: str, config: tuning.AttentionConfig, blocks: dict[str, Any], grad_output: Rows
+    ) -> tuple[Inputs, Rows, bool]:
+        """(inputs, grad_output for a kernel that walks over queries, `hides`)."""
+        query = self.inputs.query
+        if config.descriptors and query.data is not None and grad_output.data is not None:
+            widths = (blocks["WIDTH"], blocks["VALUE_WIDTH"])
+            of = (kernel, query.data, grad_output.data, config.rows, self.sizes.group, widths)
+            found = descriptors.of_queries(*of)
+            query, grad_output = query._replace(block=found[0]), grad_output._replace(block=found[1])
+        hides = self.hides(query.block is not None, self.entries.query_starts)
+        return self.inputs._replace(query=query), grad_output, hides
 
     def kernel(self, name: str) -> str:
         """The name in the table of tiles: options need registers of their own."""
         bare = self.form["PLAIN"] and self.inputs.mask.data is None and self.inputs.seed is None
         return name if bare else name + "_options"
+
+    @property
+    def hidden_sizes(self) -> Sizes:
+        """As the kernels take them."""
+        return Sizes(*(common.hidden(size) for size in self.sizes[:7]), *self.sizes[7:])
 
     @property
     def kv_heads(self) -> int:
@@ -210,14 +245,15 @@ def attention(
         *(query, key, value, mask, query_starts, key_starts, key_lengths, block_table, alibi_slopes),
         *(scale, bottom_right, window_left, window_right, softcap, dropout_p, seed),
     )
-    sizes, inputs = problem.sizes, problem.inputs
+    sizes = problem.sizes
     output = _like(query, sizes.value_width)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = common.empty((query.shape[1], query.shape[0]) if query_starts is not None else query.shape[:-1], query, wide)
     if lse.numel() == 0:
         return output, lse
     few = query_starts is None and sizes.query_rows * sizes.group <= 16
-    config = tuning.attention(problem.kernel("decode" if few else "forward"), sizes.width, sizes.value_width, query)
+    kernel = problem.kernel("decode" if few else "forward")
+    config = tuning.attention(kernel, sizes.width, sizes.value_width, query)
     blocks = _blocks(problem, config)
     columns = triton.cdiv(sizes.value_width, blocks["VALUE_WIDTH"])
     entries, tiles, count = problem.tiles(query_starts, sizes.query_rows, sizes.group, config.rows)
@@ -228,10 +264,23 @@ def attention(
     sinks = None if sinks is None else sinks.contiguous()
     with common.on_device(query):
         grid = (tiles * problem.kv_heads * splits * count, columns)
-        flags = common.empty(grid, lse, torch.float32) if problem.hides else None
-        for careful in (False, True)[: 1 + problem.hides]:
+        walked, hides = problem.key_tiles(kernel, config, blocks)
+        flags = common.empty(grid, lse, torch.float32) if hides else None
+        for careful in (False, True)[: 1 + hides]:
             forward_kernel[grid](
-                *(inputs, sinks, _rows(output), lse, parts, flags, sizes, entries, tiles, splits, keys_of_split),
+                *(
+                    problem.inputs if careful else walked,
+                    sinks,
+                    _rows(output),
+                    lse,
+                    parts,
+                    flags,
+                    problem.hidden_sizes,
+                    entries,
+                    tiles,
+                    splits,
+                ),
+                keys_of_split,
                 *problem.numbers,
                 CAREFUL=careful,
                 **problem.form,
@@ -240,7 +289,7 @@ def attention(
         if parts is not None:
             rows = max(1, min(64, 4096 // blocks["VALUE_WIDTH"]))
             merge_kernel[(triton.cdiv(sizes.statistics, rows), columns)](
-                *(parts, sinks, _rows(output), lse, sizes, entries.query_starts, splits),
+                *(parts, sinks, _rows(output), lse, problem.hidden_sizes, entries.query_starts, splits),
                 PLAIN=problem.form["PLAIN"],
                 VALUE_WIDTH=blocks["VALUE_WIDTH"],
                 BLOCK_ROWS=rows,
@@ -315,7 +364,7 @@ def attention_backward(
             _grad_mask(problem, saved, mask, grad_mask)
         if sinks is not None and grad_sinks.numel():
             sinks_kernel[(problem.sizes.heads,)](
-                *(sinks.contiguous(), saved.lse, saved.delta, grad_sinks, problem.sizes),
+                *(sinks.contiguous(), saved.lse, saved.delta, grad_sinks, problem.hidden_sizes),
                 BLOCK=1024,
                 num_warps=4,
                 enable_fp_fusion=True,
@@ -334,7 +383,7 @@ def _saved(problem: Problem, grad_output: Tensor, output: Tensor, lse: Tensor, g
     with common.on_device(lse):
         delta_kernel[(triton.cdiv(problem.sizes.statistics, rows),)](
             *(_rows(grad_output), _rows(output), None if grad_lse is None else grad_lse.contiguous(), delta),
-            problem.sizes,
+            problem.hidden_sizes,
             VALUE_WIDTH=width,
             BLOCK_ROWS=rows,
             num_warps=4,
@@ -358,10 +407,20 @@ def _grad_query(problem: Problem, saved: Saved, grad_query: Tensor) -> None:
     config, blocks = _config(problem, "rows")
     entries, tiles, count = problem.tiles(problem.entries.query_starts, sizes.query_rows, sizes.group, config.rows)
     grid = (tiles * problem.kv_heads * count, triton.cdiv(sizes.width, blocks["WIDTH"]))
-    flags = common.empty(grid, saved.lse, torch.float32) if problem.hides else None
-    for careful in (False, True)[: 1 + problem.hides]:
+    walked, hides = problem.key_tiles("rows", config, blocks)
+    flags = common.empty(grid, saved.lse, torch.float32) if hides else None
+    for careful in (False, True)[: 1 + hides]:
         rows_kernel[grid](
-            *(problem.inputs, *saved, _rows(grad_query), flags, sizes, entries, tiles, *problem.numbers),
+            *(
+                problem.inputs if careful else walked,
+                *saved,
+                _rows(grad_query),
+                flags,
+                problem.hidden_sizes,
+                entries,
+                tiles,
+            ),
+            *problem.numbers,
             CAREFUL=careful,
             **problem.form,
             **(_backward_blocks(problem, tuning.careful(config)) if careful else blocks),
@@ -379,11 +438,13 @@ def _grad_key_and_value(problem: Problem, saved: Saved, grad_key: Tensor | None,
     grid = (tiles * problem.kv_heads * count, columns)
     if 0 in grid:
         return
-    flags = common.empty(grid, saved.lse, torch.float32) if problem.hides else None
-    for careful in (False, True)[: 1 + problem.hides]:
+    walked, grad_output, hides = problem.query_tiles("keys", config, blocks, saved.grad_output)
+    plain, by_tiles = (problem.inputs, *saved), (walked, *saved._replace(grad_output=grad_output))
+    flags = common.empty(grid, saved.lse, torch.float32) if hides else None
+    for careful in (False, True)[: 1 + hides]:
         keys_kernel[grid](
-            *(problem.inputs, *saved, _rows(grad_key), _rows(grad_value), flags, sizes, entries, tiles),
-            *problem.numbers,
+            *(*(plain if careful else by_tiles), _rows(grad_key), _rows(grad_value), flags, problem.hidden_sizes),
+            *(entries, tiles, *problem.numbers),
             CAREFUL=careful,
             **problem.form,
             **(_backward_blocks(problem, tuning.careful_rows(config)) if careful else blocks),
@@ -402,7 +463,8 @@ def _grad_mask(problem: Problem, saved: Saved, mask: Tensor, grad_mask: Tensor) 
     shares = max(1, min(steps, triton.cdiv(WANTED_PROGRAMS, tiles)))
     partial = common.empty((shares, mask.numel()), saved.lse)
     mask_kernel[(tiles, shares)](
-        *(problem.inputs, *saved, partial, sizes, problem.entries, shape, shares, *problem.numbers),
+        *(problem.inputs, *saved, partial, problem.hidden_sizes, problem.entries),
+        *(tuple(map(common.hidden, shape)), shares, *problem.numbers),
         **problem.form,
         **blocks,
     )
