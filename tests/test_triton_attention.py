@@ -25,7 +25,7 @@ import numerics
 import triton_tools
 from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
 from handtuned.triton_kernels import attention as launchers
-from handtuned.triton_kernels import common, tuning
+from handtuned.triton_kernels import attention_plan, common, tuning
 from torch import Tensor
 
 import handtuned
@@ -206,7 +206,7 @@ def test_keys_split_over_programs(case: Case, paged: bool, monkeypatch: pytest.M
     left, right = case.window_sides
     options = (case.score_scale, case.alignment == "bottom_right", left, right, case.softcap, 0.0, None)
     described, notes = case in DECODING[:2], list[str]()
-    monkeypatch.setattr(launchers, "LEAST_KEYS", 16)
+    monkeypatch.setattr(attention_plan, "LEAST_KEYS", 16)
     monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64, int(described))))
     with triton_tools.guarded(common), tuning.noted(notes):
         output, lse = launchers.attention(
@@ -225,7 +225,7 @@ def test_packed_queries_against_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     table, sinks = torch.randperm(12, generator=generator).reshape(3, 4) % 8, torch.tensor([0.3, -1.0])
     slopes = torch.rand(3, 2, generator=generator)
     given = (query, key, value, None, starts, None, lengths, table, slopes, sinks, 0.4, True, 25, 0, 0.0, 0.0, None)
-    monkeypatch.setattr(launchers, "LEAST_KEYS", 16)
+    monkeypatch.setattr(attention_plan, "LEAST_KEYS", 16)
     monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64)))
     with triton_tools.guarded(common):
         output, lse = launchers.attention(*given)

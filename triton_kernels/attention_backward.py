@@ -20,11 +20,11 @@ run, on every device.
 import triton
 import triton.language as tl
 
+from .attention_arguments import inputs_of, rows_of, sizes_of
 from .attention_tile import (
     combine,
     flag_of,
     heads_of_rows,
-    inputs_of,
     is_finite,
     key_rows,
     key_tile,
@@ -37,9 +37,7 @@ from .attention_tile import (
     queries_of_keys,
     query_rows,
     query_tile,
-    rows_of,
     scores,
-    sizes_of,
     slopes_of,
     statistics_rows,
     store_rows,

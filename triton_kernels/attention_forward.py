@@ -13,12 +13,12 @@ merge      adds those up, always in the same order.
 import triton
 import triton.language as tl
 
+from .attention_arguments import inputs_of, rows_of, sizes_of
 from .attention_tile import (
     LN_2,
     combine,
     flag_of,
     heads_of_rows,
-    inputs_of,
     is_finite,
     key_tile,
     keys_of_rows,
@@ -28,9 +28,7 @@ from .attention_tile import (
     product,
     query_rows,
     query_tile,
-    rows_of,
     scores,
-    sizes_of,
     slopes_of,
     statistics_rows,
     store_rows,

@@ -2,11 +2,11 @@
 them (`descriptors` of tuning.AttentionConfig, on sm_90 and newer) and the tensors allow it; else None, and the kernels
 take pointers. `explain` says which it was.
 
-The hardware copies a block [1, 1, rows, width] of [batch, heads, rows, width] at once, wants addresses and strides that
-are multiples of 16 bytes, and gives zeros outside. Made on the host they need no memory of Triton's allocator, which
-belongs to the user, and their sizes are no part of what is compiled. A descriptor knows the tensor alone: behind the end
-of a sequence that shares it with others (packed, cached, by length) the kernel reads whatever is there, gives it the
-weight 0, and makes a tile in which that was NaN once more (attention_tile.py).
+The hardware copies a block [1, 1, rows, width] of [batch, heads, rows, width] at once, wants addresses and strides
+that are multiples of 16 bytes, and gives zeros outside. Made on the host they need no memory of Triton's allocator,
+which belongs to the user, and their sizes are no part of what is compiled. A descriptor knows the tensor alone: behind
+the end of a sequence that shares it with others (packed, cached, by length) the kernel reads whatever is there, gives
+it the weight 0, and makes a tile in which that was NaN once more (attention_tile.py).
 """
 
 from typing import Any
@@ -40,9 +40,8 @@ def of(
     """A descriptor of each, [.., .., .., width], whose blocks have these sizes; all None if one cannot be made, or if
     there is a reason already."""
     why = why or next((why for name, tensor in tensors.items() if (why := _why_not(name, tensor))), None)
-    tuning.note(
-        f"{kernel} kernel: {' and '.join(tensors)} through {f'pointers: {why}' if why else 'tensor descriptors'}"
-    )
+    way = f"pointers: {why}" if why else "tensor descriptors"
+    tuning.note(f"{kernel} kernel: {' and '.join(tensors)} through {way}")
     if why:
         return [None] * len(tensors)
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -69,9 +68,8 @@ def of_queries(
     kernel: str, query: Tensor, grad_output: Tensor, rows: int, group: int, widths: tuple[int, int]
 ) -> list[Any]:
     """Of tiles of `rows` rows, each query's heads of a group together."""
-    why = (
-        f"groups of {group} heads do not divide a tile of {rows} rows" if group & (group - 1) or rows % group else None
-    )
+    uneven = group & (group - 1) or rows % group
+    why = f"groups of {group} heads do not divide a tile of {rows} rows" if uneven else None
     given = {"query": query, "grad_output": grad_output}
     four = {name: t.transpose(1, 2) if t.dim() == 4 else t[None] for name, t in given.items()}
     return of(kernel, four, (1, rows // group, group), widths, why)
