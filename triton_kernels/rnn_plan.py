@@ -132,7 +132,8 @@ class Plan:
         return self.cell.kept(self.rates["zoneout"])
 
     def sizes(self, layer: int) -> Sizes:
-        return Sizes(self.steps, self.batch, self.rows, self.directions, layer * self.directions)
+        changing = (self.steps, self.batch, self.rows, layer * self.directions)
+        return Sizes(*map(common.hidden, changing), self.directions)
 
     @property
     def widths(self) -> Widths:
@@ -167,7 +168,8 @@ class Plan:
         if tensor is None:
             return Rows(None)
         tensor = tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-        return Rows(tensor, 0 if tensor.dim() == 2 else tensor.stride(0), tensor.stride(-2))
+        step = 0 if tensor.dim() == 2 else tensor.stride(0)
+        return Rows(tensor, *common.hidden_strides(step, tensor.stride(-2)))
 
     def first(self, state: Tensor | None, layer: int, width: int) -> Tensor:
         """A layer's first states, wide and contiguous."""

@@ -10,25 +10,28 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
+from .common import number, stride_of
 
 
 class Rows(NamedTuple):
     """Rows of [.., .., .., .., width] by their strides; 0 along a broadcast dim."""
 
     data: Tensor
-    first: int
+    first: int  # hidden_strides()
     second: int
     third: int
     fourth: int
+    loose: int | None
     column: int
 
 
 @triton.jit
 def _at(rows, i, j, k, m):
-    return i * rows.first + j * rows.second + k * rows.third + m * rows.fourth
+    outer = i * stride_of(rows.first, rows.loose) + j * stride_of(rows.second, rows.loose)
+    return outer + k * stride_of(rows.third, rows.loose) + m * stride_of(rows.fourth, rows.loose)
 
 
-@triton.jit(do_not_specialize=["sizes", "count", "inverse"])
+@triton.jit(do_not_specialize=["count", "inverse"])
 def rotary_kernel(
     x,
     cos,
@@ -43,10 +46,10 @@ def rotary_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """sizes: of the second to fourth of the rows' dims. A program does BLOCK_ROWS rows."""
+    """sizes: of the second to fourth of the rows' dims, hidden. A program does BLOCK_ROWS rows."""
     ACC: tl.constexpr = tl.float64 if x.data.dtype.element_ty == tl.float64 else tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    second, third, fourth = sizes
+    second, third, fourth = number(sizes[0]), number(sizes[1]), number(sizes[2])
     m, k = r % fourth, r // fourth % third
     j, i = r // fourth // third % second, r // fourth // third // second
     inside = (r < count)[:, None]
@@ -71,8 +74,8 @@ def rotary_kernel(
 
 
 def _rows(tensor: Tensor, lead: int) -> Rows:
-    strides = [0] * (4 - lead) + list(tensor.stride())
-    return Rows(tensor, *strides)
+    *strides, column = [0] * (4 - lead) + list(tensor.stride())
+    return Rows(tensor, *common.hidden_strides(*strides), column)
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -92,7 +95,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
         with common.on_device(x):
             rotary_kernel[(triton.cdiv(count, rows),)](
                 *(_rows(t, x.dim() - 1) for t in (x, cos, sin, output)),
-                *(tuple(lead[1:]), count, width, angles, int(inverse)),
+                *(tuple(map(common.hidden, lead[1:])), count, width, angles, int(inverse)),
                 INTERLEAVED=interleaved,
                 BLOCK_ROWS=rows,
                 BLOCK=block,
