@@ -257,6 +257,7 @@ void Machine::add_block(unsigned x, unsigned y, unsigned z) {
 
 void Machine::run() {
   ++counts.launches;
+  counts.blocks += uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
   for (unsigned z = 0; z < launch.grid[2]; ++z)
     for (unsigned y = 0; y < launch.grid[1]; ++y)
       for (unsigned x = 0; x < launch.grid[0]; ++x) {
