@@ -63,7 +63,7 @@ def _others(batch: int, length: int) -> None:
     norm.layer_norm_backward(y, x, 1, stats, w, True, True, True)
     linear.linear(x, torch.zeros(40, WIDTH), None, None, None, 2, 0.0, None)
     target = torch.zeros(batch, length, dtype=torch.int64)
-    cross_entropy.linear_cross_entropy(x, torch.zeros(40, WIDTH), None, target, None, 1, -100, 0.0, 0.0, 0.0)
+    cross_entropy.linear_cross_entropy(x, torch.zeros(40, WIDTH), None, target, None, 1, -100, 0.0, 0.0, 0.0, 0)
     table = torch.zeros(length, 4)
     heads = x.view(batch, length, 2, 12).transpose(1, 2)
     rotary.rotary(heads, table, table, False, False)

@@ -78,9 +78,9 @@ def launch(arch: str, kernel: str, dtype: str, activation: int) -> None:
     else:
         given = (x, w, bias, torch.zeros(64, dtype=torch.int64), bias)
         options = (1, -100, 0.1, 20.0, 0.01)
-        cross_entropy.linear_cross_entropy(*given, *options)
-        grad, stats = torch.zeros((), dtype=wide), torch.zeros(2, 64, dtype=wide)
-        cross_entropy.linear_cross_entropy_backward(grad, *given, stats, *options, True, True, True)
+        cross_entropy.linear_cross_entropy(*given, *options, 0)
+        grad, stats, kept = torch.zeros((), dtype=wide), torch.zeros(2, 64, dtype=wide), zeros(64, 0)
+        cross_entropy.linear_cross_entropy_backward(grad, *given, stats, kept, *options, True, True, True)
 
 
 @pytest.fixture(scope="module")

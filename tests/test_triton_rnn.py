@@ -173,7 +173,7 @@ def test_layer_norm_of_gates_is_refused_or_the_references(monkeypatch: pytest.Mo
         packed = handtuned.ops.rnn_pack(t.weights, mode, False, True, 0.0, None)
         args = (t.input, None, None, None, packed, mode, 4, 0, 1, False, 0.0, None, None, False, False)
         with pytest.warns(FallbackWarning, match="normalises recurrent gates"):
-            handtuned.backends.serve_device("rnn", torch.empty(1, device="meta"), mode, args)
+            handtuned.serving.serve_device("rnn", torch.empty(1, device="meta"), mode, args)
 
 
 def test_packed_of_the_cpu_kernels_is_refused() -> None:
