@@ -20,7 +20,8 @@ import linear_cases as lc
 import test_linear_int8 as int8_tests
 import test_rotary as rotary_tests
 import triton_tools
-from handtuned.triton_kernels import common, cross_entropy, kv_cache
+from handtuned.triton_kernels import common, cross_entropy, kernels, kv_cache
+from torch import Tensor
 
 import handtuned
 from handtuned import nn
@@ -111,6 +112,36 @@ def test_cache_and_int8_are_reached() -> None:
     assert {call.served_by.backend for call in found.calls} == {"triton"}
     (call,) = handtuned.explain(nn.Int8Linear.from_linear(nn.Linear(5, 3)), torch.ones(2, 5)).calls
     assert (call.op, call.served_by.backend) == ("linear_int8", "triton")
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_compiled_function_reaches_them_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: torch's dispatcher calls the launchers. Here they stand in for the CPU's kernels."""
+    given = rotary_tests.arguments(rotary=True)
+    given = {name: given[name] for name in ("query", "key_cache", "value_cache", "key", "value", "cache_lengths")}
+    x, linear = torch.randn(3, 5), nn.Int8Linear.from_linear(nn.Linear(5, 4), quantize_input=True)
+
+    def step(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return H.attention_with_kv_cache(**given), linear(x)
+
+    def copied() -> dict[str, Tensor]:
+        return {name: tensor.nan_to_num() for name, tensor in given.items()}
+
+    with handtuned.backend("auto"):
+        expected = step(x, copied())
+    launched: set[str] = set()
+    with torch.library._scoped_library("handtuned", "IMPL") as library, handtuned.backend("auto"):
+        for name in ("append_kv", "attention", "linear_int8"):
+
+            def launch(*args: Any, name: str = name) -> Any:
+                launched.add(name)
+                return getattr(kernels, name)(*args)
+
+            library.impl(name, launch, "CPU", allow_override=True)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(x, copied())
+    assert launched == {"append_kv", "attention", "linear_int8"}
+    for ours, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
 
 
 INT8 = [
