@@ -181,7 +181,7 @@ def test_packed_of_the_cpu_kernels_is_refused() -> None:
     t = rc.tensors(case)
     with handtuned.backend("cpu"):
         packed = H.pack_rnn_weights("GRU", t.weights)
-    with pytest.raises(RuntimeError, match="packed is of the CPU kernels, .* pack on cpu"):
+    with pytest.raises(RuntimeError, match=r"packed is of the CPU kernels, .* pack on cpu"):
         H.gru(t.input, None, t.weights, packed=packed)
     ours = H.pack_rnn_weights("GRU", t.weights)
     moved = ours.clone()
