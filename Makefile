@@ -1,8 +1,8 @@
 # Everything from a bare clone: python3, gcc, make and a package registry are enough.
 #   make compare   a real model with torch's modules and with handtuned's: errors, speed, kernels  (ARGS="--help")
 #   make test      lint and all tests                                              (PYTEST_ARGS="-k norm")
-#   make test-gpu-full   every planted bug in the CUDA kernels, every architecture, and every case and tile of attention
-#                        in Triton, of which `make test` runs a sample
+#   make test-gpu-full   all proofs of the GPU kernels, of which `make test` runs a sample: every planted bug, every
+#                        architecture, every case, every tile of Triton's
 #   make gpu-check   on a machine with a GPU: kernels checked and timed there, one JSON and one page  (ARGS="--dry-run")
 #   make docs      the site of all pages, with the API reference, in build/site; needs python3 and nothing of the above
 #   make bench     the benchmark tables          make bench-report   the page made of them
@@ -16,6 +16,10 @@ export HF_HUB_OFFLINE = 1
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
 CPP := $(shell find csrc tests/simt tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+# Every planted bug and architecture, every case, every committed tile.
+EVERYTHING := HANDTUNED_EVERY_MUTANT=1 HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1
+GPU_TESTS := $(wildcard $(patsubst %,tests/test_%.py,simt cuda_* ptx* gpu_* triton_*))
 
 DOCS_BIN := .venv-docs/bin
 
@@ -50,13 +54,9 @@ test: $(VENV)/test-build.stamp lint .venv-docs/requirements.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu-full: $(VENV)/test-build.stamp
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_simt.py tests/test_cuda_norm.py \
-		tests/test_cuda_attention.py tests/test_cuda_rnn.py tests/test_cuda_budgets.py tests/test_ptx_norm.py \
-		tests/test_ptx_attention.py tests/test_ptx_rnn.py tests/test_cuda_races.py
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_attention.py -k simt
-	HANDTUNED_EVERY_MUTANT=1 $(BIN)/python -m pytest tests/test_packaging.py -k cuda_library
-	HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1 $(BIN)/python -m pytest tests/test_triton_attention.py \
-		tests/test_triton_attention_budgets.py
+	$(EVERYTHING) $(BIN)/python -m pytest $(GPU_TESTS)
+	$(EVERYTHING) $(BIN)/python -m pytest tests/test_attention.py -k "simt or triton"
+	$(EVERYTHING) $(BIN)/python -m pytest tests/test_packaging.py -k cuda_library
 
 # The test build, because results are compared with the emulator's.
 gpu-check: $(VENV)/test-build.stamp

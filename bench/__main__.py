@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from . import machine, report
+from . import machine, report, results
 from .families import FAMILIES, Family
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +25,7 @@ def run_setting(
     family: Family, allocator: str, output: Path, quick: bool, threads: int | None, extra: list[str]
 ) -> int:
     """One process; returns pytest's exit status. Where nothing is selected, earlier results stay."""
-    result = report.json_path(output, family, allocator)
+    result = results.json_path(output, family, allocator)
     fresh = result.with_suffix(".part")
     file = str(HERE / f"bench_{family.name}.py")
     command = [sys.executable, "-m", "pytest", file, "-q", "--benchmark-enable", "--benchmark-quiet"]
@@ -65,7 +65,7 @@ def main() -> int:
         if run_setting(family, allocator, output, options.quick, options.threads, extra):
             failed.append(f"{family.name} ({allocator})")
     for family in chosen:
-        runs = report.load(output, family)
+        runs = results.load(output, family)
         if runs:
             (output / f"{family.name}.md").write_text(report.markdown(runs))
             names = ", ".join(sorted(path.name for path in output.glob(f"{family.name}*")))

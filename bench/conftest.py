@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # cas
 
 import handtuned
 
-from . import families, machine, report, timing
+from . import families, machine, report, results, timing
 from .room import Room
 
 ROOM = pytest.StashKey[Room]()
@@ -42,12 +42,12 @@ def room(request: pytest.FixtureRequest) -> Iterator[Room]:
         yield made
 
 
-def _run(config: pytest.Config) -> report.Run | None:
+def _run(config: pytest.Config) -> results.Run | None:
     found = config.stash.get(ROOM, None)
     if found is None:
         return None
     facts = machine.facts(found.limits, config.stash[OTHER].cores())
-    return report.Run(families.FAMILIES[config.getoption("--family")], machine.allocator(), facts, found.rows)
+    return results.Run(families.FAMILIES[config.getoption("--family")], machine.allocator(), facts, found.rows)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

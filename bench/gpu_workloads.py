@@ -127,7 +127,7 @@ def workloads(small: bool, quick: bool) -> Iterator[Workload]:
     """small: shapes for a dry run."""
     norms = [(4, 256)] if small else [(16384, 1024), (4096, 4096), (512, 16384), (131072, 64)]
     heads = [(1, 2, 16, 32)] if small else [(4, 16, 4096, 128), (16, 16, 1024, 64)]
-    layers = [(3, 2, 8)] if small else [(128, 64, 1024), (512, 16, 512)]
+    layers = [(3, 2, 8)] if small else [(128, 64, 1024), (512, 16, 512), (512, 1, 1024)]
     for dtype in (torch.bfloat16, torch.float32):
         for shape in norms[: 1 if quick else None]:
             for op in bench_norm.OPS:

@@ -10,7 +10,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from . import machine, report
+from . import machine
+from .results import EAGER, OURS, Row, Run, losing
 
 INK = "#010203"  # stands for the page's colour until the SVG is written
 COLOURS = ("#4a86e8", "#e07b39")  # by allocator setting; both readable on white and on black
@@ -21,31 +22,29 @@ LEGEND = (
 )
 
 
-def _label(row: report.Row) -> str:
+def _label(row: Row) -> str:
     return f"{row['dtype']} {'x'.join(map(str, row['shape']))}"
 
 
-def _ratio_panel(axes: Any, place: float, height: float, row: report.Row, colour: str) -> None:
-    ratio = row["peers"][report.EAGER]["ratio"]
+def _ratio_panel(axes: Any, place: float, height: float, row: Row, colour: str) -> None:
+    ratio = row["peers"][EAGER]["ratio"]
     axes.barh(place, ratio["median"], height * 0.9, color=colour)
     axes.plot([ratio["low"], ratio["high"]], [place, place], color=INK, linewidth=1.2)
-    text = f"{ratio['median']:.2f}" + (" slower" if report.losing(row) else "")
+    text = f"{ratio['median']:.2f}" + (" slower" if losing(row) else "")
     end = max(ratio["median"], ratio["high"], row["target"] or 0)
     axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", color=INK, fontsize=7)
     if row["target"] is not None:
         axes.plot(row["target"], place, "D", color=INK, markersize=3.5)
 
 
-def _share_panel(axes: Any, place: float, height: float, row: report.Row, colour: str) -> None:
-    shares = [100 * row["peers"][name]["share"] for name in (report.EAGER, report.OURS)]
+def _share_panel(axes: Any, place: float, height: float, row: Row, colour: str) -> None:
+    shares = [100 * row["peers"][name]["share"] for name in (EAGER, OURS)]
     axes.plot(shares, [place, place], color=colour, linewidth=1.5)
     axes.plot(shares[0], place, "o", markersize=5, markerfacecolor="none", markeredgecolor=colour)
     axes.plot(shares[1], place, "o", markersize=5, color=colour)
 
 
-def _figure(
-    runs: Sequence[report.Run], op: str, panel: Callable[..., None], reference: float, label: str, prefix: str
-) -> str:
+def _figure(runs: Sequence[Run], op: str, panel: Callable[..., None], reference: float, label: str, prefix: str) -> str:
     """Rows of one op down the page, one bar or dumbbell per allocator setting."""
     from matplotlib.figure import Figure
 
@@ -90,7 +89,7 @@ def _svg(figure: Any, prefix: str) -> str:
     return text.replace(INK, "currentColor")
 
 
-def figures(runs: Sequence[report.Run]) -> Iterator[tuple[str, str]]:
+def figures(runs: Sequence[Run]) -> Iterator[tuple[str, str]]:
     """(title, SVG) for every op that has figures."""
     ops = {row["op"]: row["limit"] for run in runs for row in run.rows if row["status"] == "ok"}
     for number, (op, limit) in enumerate(ops.items()):

@@ -26,6 +26,7 @@ struct Arguments {
   const OptionalTensor& weight;
   int64_t reduction, ignore_index;
   double label_smoothing, softcap, z_loss;
+  int64_t keep;
 };
 
 ScalarType wide_type(const Tensor& input) {
@@ -59,6 +60,9 @@ Sizes check(const char* op, const Arguments& a) {
            ", it must be finite and at least 0; 0 switches it off");
   HT_CHECK(a.z_loss >= 0 && std::isfinite(a.z_loss), op, "z_loss is ", a.z_loss,
            ", it must be finite and at least 0; 0 switches it off");
+  HT_CHECK(0 <= a.keep && a.keep <= (a.softcap > 0 ? 0 : w[0]), op, "keep is ", a.keep, ", the limits are 0 and ",
+           a.softcap > 0 ? 0 : w[0], " for ", w[0], " classes", a.softcap > 0 ? " with softcap" : "",
+           "; pass 0 to keep no probabilities");
   return rows;
 }
 
@@ -91,7 +95,7 @@ void fill(const char* op, CrossEntropy& p, Holders& h, const Arguments& a) {
   p.reduction = Reduction(a.reduction);
   p.label_smoothing = a.label_smoothing, p.softcap = a.softcap, p.z_loss = a.z_loss;
   p.chosen = h.chosen.data(), p.target = h.targets.data();
-  p.chunk = entropy_classes(p.in, p.classes);
+  p.chunk = entropy_classes(p.in, p.classes), p.keep = a.keep;
   if (p.rows == 0) return;
   p.input = strided_rows(a.input, 1, h.input);
   const StridedRows rows = strided_rows(a.linear_weight, 1, h.linear_weight);
@@ -104,13 +108,14 @@ void fill(const char* op, CrossEntropy& p, Holders& h, const Arguments& a) {
   p.packed_classes = h.packed->data_ptr();
 }
 
-std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
-                                                const OptionalTensor& linear_bias, const Tensor& target,
-                                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                                double label_smoothing, double softcap, double z_loss) {
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tensor& linear_weight,
+                                                        const OptionalTensor& linear_bias, const Tensor& target,
+                                                        const OptionalTensor& weight, int64_t reduction,
+                                                        int64_t ignore_index, double label_smoothing, double softcap,
+                                                        double z_loss, int64_t keep) {
   const char* op = "linear_cross_entropy";
-  const Arguments a{input,     linear_weight, linear_bias,     target,  weight,
-                    reduction, ignore_index,  label_smoothing, softcap, z_loss};
+  const Arguments a{input,        linear_weight,   linear_bias, target, weight, reduction,
+                    ignore_index, label_smoothing, softcap,     z_loss, keep};
   const Sizes sizes = check(op, a);
   CrossEntropyForward p{};
   Holders h;
@@ -118,24 +123,32 @@ std::tuple<Tensor, Tensor> linear_cross_entropy(const Tensor& input, const Tenso
   const ScalarType wide = wide_type(input);
   Tensor loss = empty(shape_of(p.reduction == Reduction::none ? sizes : Sizes{}), wide);
   Tensor stats = empty({2, target.numel()}, wide);
+  Tensor kept = empty({target.numel(), keep}, input.scalar_type());
   fill(loss, 0), fill(stats, 0);
+  if (p.rows < target.numel()) fill(kept, 0);
   const Tensor running = empty({4, p.rows}, wide);
   const Tensor partials = empty({3, p.rows > 0 ? linear_panels(p.chunk) : 0, p.rows}, wide);
   p.loss = loss.data_ptr(), p.top = stats.data_ptr();
   p.sum = static_cast<char*>(p.top) + target.numel() * size_of(wide);
   p.running = running.data_ptr(), p.partials = partials.data_ptr();
+  const int64_t chunks_kept = p.rows > 0 ? (keep + p.chunk - 1) / p.chunk : 0;
+  const Tensor tops = empty({chunks_kept, linear_panels(p.chunk), p.rows}, wide);
+  p.kept = kept.data_ptr(), p.tops = tops.data_ptr();
   kernels().cross_entropy_forward(p);
-  return {std::move(loss), std::move(stats)};
+  return {std::move(loss), std::move(stats), std::move(kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& grad_loss, const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias,
-    const Tensor& target, const OptionalTensor& weight, const Tensor& stats, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, double softcap, double z_loss, bool need_input, bool need_linear_weight,
-    bool need_linear_bias) {
+    const Tensor& target, const OptionalTensor& weight, const Tensor& stats, const Tensor& kept, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, double softcap, double z_loss, bool need_input,
+    bool need_linear_weight, bool need_linear_bias) {
   const char* op = "linear_cross_entropy_backward";
-  const Arguments a{input,     linear_weight, linear_bias,     target,  weight,
-                    reduction, ignore_index,  label_smoothing, softcap, z_loss};
+  const Shape of_kept = kept.sizes();
+  HT_CHECK(of_kept.size() == 2, op, "kept has shape ", to_string(of_kept),
+           ", expected [rows, classes kept]; pass what the forward returned");
+  const Arguments a{input,        linear_weight,   linear_bias, target, weight,    reduction,
+                    ignore_index, label_smoothing, softcap,     z_loss, of_kept[1]};
   const Sizes sizes = check(op, a);
   const ScalarType dtype = input.scalar_type(), wide = wide_type(input);
   for (auto [name, tensor] : {std::pair{"grad_loss", &grad_loss}, {"stats", &stats}}) {
@@ -146,6 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   const bool none = Reduction(reduction) == Reduction::none;
   check_shape(op, "grad_loss", grad_loss, none ? sizes : Sizes{});
   check_shape(op, "stats", stats, {2, target.numel()});
+  check_type(op, "kept", kept, input);
+  check_shape(op, "kept", kept, {target.numel(), of_kept[1]});
 
   CrossEntropyBackward p{};
   Holders h;
@@ -158,12 +173,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     fill(grad_weight, 0), fill(grad_bias, 0);
     return {std::move(grad_input), std::move(grad_weight), std::move(grad_bias)};
   }
-  OptionalTensor grad_copy, stats_copy;
+  OptionalTensor grad_copy, stats_copy, kept_copy;
   if (!grad_loss.is_contiguous()) grad_copy = contiguous(grad_loss);
   if (!stats.is_contiguous()) stats_copy = contiguous(stats);
+  if (!kept.is_contiguous()) kept_copy = contiguous(kept);
   const int64_t rows = std::min(p.rows, kEntropyRows);
   const ScalarType of_logits = dtype == ScalarType::Half ? ScalarType::Float : dtype;
-  const Tensor factors = empty({p.rows, 4}, wide);
+  const Tensor factors = empty({p.rows, 5}, wide);
   const Tensor grad_logits = empty({rows, p.chunk}, of_logits);
   const Tensor packed_weight = empty_if(need_input, {linear_packed_numbers(p.dtype, p.in, p.chunk)}, dtype);
   const Tensor packed_input = empty_if(need_linear_weight, {entropy_packed_input(p.dtype, p.in, p.rows)}, dtype);
@@ -174,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   p.grad_loss = (grad_copy ? *grad_copy : grad_loss).data_ptr();
   p.top = (stats_copy ? *stats_copy : stats).data_ptr();
   p.sum = static_cast<const char*>(p.top) + target.numel() * size_of(wide);
+  p.kept = (kept_copy ? *kept_copy : kept).data_ptr();
   p.grad_input = data(need_input, grad_input);
   p.grad_weight = data(need_linear_weight, grad_weight);
   p.grad_bias = data(need_linear_bias, grad_bias);

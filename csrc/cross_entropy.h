@@ -2,7 +2,7 @@
 // (cpu/cross_entropy.h).
 //
 // Kernels see the rows that count: those whose target is not ignore_index. Outputs and all scratch are owned by the
-// skin; nothing is of the size rows x classes.
+// skin; nothing is of the size rows x classes but the probabilities that the caller asks to keep.
 #pragma once
 #include "linear.h"
 
@@ -33,6 +33,7 @@ struct CrossEntropy {
   const void* bias;          // [classes] or nullptr
   const void* class_weight;  // [classes] or nullptr for ones
   int64_t chunk;             // entropy_classes(in, classes)
+  int64_t keep;              // of how many classes, the first, probabilities are kept
   // Scratch, of dtype
   void* gathered;        // [rows, in] input's rows that count
   void* packed_classes;  // linear_packed_numbers(chunk, in)
@@ -45,17 +46,20 @@ struct CrossEntropyForward : CrossEntropy {
   void* sum;       // [all rows] zeroed by the skin, the sum of e^(logit - top)
   void* running;   // scratch [4, rows]
   void* partials;  // scratch [3, linear_panels(chunk), rows]
+  void* kept;      // [all rows, keep] of dtype, zeroed by the skin in rows that do not count: softmax of the logits
+  void* tops;      // scratch [chunks of keep, linear_panels(chunk), rows], with keep
 };
 
 struct CrossEntropyBackward : CrossEntropy {
   const void* grad_loss;  // [all rows], or one number
   const void* top;        // [all rows] as the forward leaves them
   const void* sum;        // [all rows]
+  const void* kept;       // [all rows, keep] of dtype
   void* grad_input;       // [all rows, in] of dtype, 0 in the other rows; each of the three nullptr if not wanted
   void* grad_weight;      // [classes, in] of dtype
   void* grad_bias;        // [classes] of dtype
   // Scratch
-  void* factors;        // [rows, 4] f32 (f64 for f64)
+  void* factors;        // [rows, 5] f32 (f64 for f64)
   void* grad_logits;    // [kEntropyRows or rows, chunk] of grad_logits_dtype
   void* packed_weight;  // linear_packed_numbers(in, chunk) of dtype, with grad_input
   void* packed_input;   // entropy_packed_input of dtype, with grad_weight

@@ -96,11 +96,12 @@ STABLE_TORCH_LIBRARY(handtuned, m) {
   // float32 (float64 for float64). softcap 0: none. z_loss times the log-sum-exp's square is added to each loss.
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight,"
-      " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss)"
-      " -> (Tensor loss, Tensor stats)");
+      " int reduction, int ignore_index, float label_smoothing, float softcap, float z_loss, int keep)"
+      " -> (Tensor loss, Tensor stats, Tensor kept)");
   m.def(
       "linear_cross_entropy_backward(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias,"
-      " Tensor target, Tensor? weight, Tensor stats, int reduction, int ignore_index, float label_smoothing,"
+      " Tensor target, Tensor? weight, Tensor stats, Tensor kept, int reduction, int ignore_index, float "
+      "label_smoothing,"
       " float softcap, float z_loss, bool need_input, bool need_linear_weight, bool need_linear_bias)"
       " -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
 

@@ -15,13 +15,15 @@ The instructions are counted by the PTX simulator on a sample. A bound is no tim
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import attention_cases as ac
 import cases
 import ptx_tools
+import rnn_cases as rc
 import torch
 
 from handtuned import ops
@@ -30,6 +32,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- bounds: python tests/gpu_bounds.py --write -->\n", "<!-- end of bounds -->\n"
 ROWS, COLS, SAMPLE = 16384, 1024, 128
 BATCH, HEADS, LENGTH = 4, 16, 2048
+STEPS, ENTRIES, HIDDEN, GATES = 128, 64, 256, 4  # of an LSTM
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -56,16 +59,17 @@ SCHEDULERS, WARP = 4, 32
 
 @dataclass(frozen=True)
 class Work:
-    """Of the whole op; instructions are those of warps."""
+    """Of the whole op; instructions are those of warps. blocks: that there are, if fewer than multiprocessors."""
 
     bytes: float
     arithmetic: float
     issued: float
     products: float = 0.0
+    blocks: float = math.inf
 
     def bounds(self, gpu: Gpu) -> dict[str, float]:
         """Seconds."""
-        cycles = gpu.multiprocessors * gpu.clock
+        cycles = min(self.blocks, gpu.multiprocessors) * gpu.clock
         tensor = {"tensor": self.products * 2 * 16 * 8 * 16 / gpu.tensor} if self.products else {}
         return tensor | {
             "bytes": self.bytes / gpu.bandwidth,
@@ -125,6 +129,40 @@ def attentions() -> Iterator[tuple[str, torch.dtype, Work]]:
             yield f"backward, head dim {width}", dtype, work(8 * tensor, backward, scale)
 
 
+# The kernels of an LSTM, by a part of their names: what they read and write, in elements of rows and of weights.
+ROWS_OF_STEPS, WEIGHTS = STEPS * ENTRIES * HIDDEN, GATES * HIDDEN * HIDDEN
+KEPT = GATES + 1  # gates and cell state of each row, for the backward
+LSTM_KERNELS = {
+    "rnn_input_kernel": ("products of the input", ROWS_OF_STEPS * (1 + GATES) + WEIGHTS),
+    "rnn_steps_kernel": ("steps, forward", ROWS_OF_STEPS * (GATES + KEPT + 2) + WEIGHTS),
+    "rnn_steps_back_kernel": ("steps, backward", ROWS_OF_STEPS * (KEPT + 1 + GATES) + WEIGHTS),
+    "rnn_grad_w": ("gradients of W_ih and W_hh", ROWS_OF_STEPS * (GATES + 2) + 2 * WEIGHTS),
+    "rnn_grad_input_kernel": ("gradient of the input", ROWS_OF_STEPS * (GATES + 1) + WEIGHTS),
+}
+HELD = WEIGHTS / (4 * WARP)  # loads of W_hh, once, where it stays in registers
+# Multiprocessors and bytes of shared memory: one launch does all steps; each step is a launch.
+LARGE, SMALL = (108, 163 << 10), (1, 18 << 10)
+
+
+def layers() -> Iterator[tuple[str, torch.dtype, Work]]:
+    """The sample is one step, with no barrier that blocks would wait at."""
+    case = rc.Case("LSTM", (1, ENTRIES, HIDDEN, HIDDEN))
+    t = rc.tensors(case)
+    for device in (LARGE, SMALL):
+        with ptx_tools.simulated(ptx_tools.cuda_module(("rnn.cu", "rnn_backward.cu")), device=device):
+            rc.results(case, t)
+            for kernel, (name, elements) in LSTM_KERNELS.items():
+                counts = ptx_tools.counts(kernel)
+                found = work(elements * case.dtype.itemsize, counts, STEPS)
+                if "steps" in kernel:
+                    way = "one launch" if device == LARGE else "a launch a step"
+                    again = (STEPS - 1) * HELD if device == LARGE else 0
+                    found = replace(found, issued=found.issued - again, blocks=counts.blocks / counts.launches)
+                    yield f"{name}, {way}", case.dtype, found
+                elif device == LARGE:
+                    yield name, case.dtype, found
+
+
 def work(bytes: float, counts: ptx_tools.Counts, scale: float) -> Work:
     """scale: what the whole is of the sample."""
     issued = counts.arithmetic + counts.memory + counts.exchanges + counts.products
@@ -154,6 +192,11 @@ def tables() -> str:
         f"{BATCH} entries of {HEADS} heads, {LENGTH} queries and keys, every key seen:",
         "",
         *table("attention", attentions()),
+        "",
+        f"LSTM {HIDDEN}→{HIDDEN}, {STEPS} steps of {ENTRIES} rows, training; 16 bits differ in the bytes alone. Its steps are",
+        "64 blocks, a multiprocessor each; what blocks exchange is not counted, nor is their barrier:",
+        "",
+        *table("recurrent layer", layers()),
     ]
     return "\n".join(lines) + "\n"
 

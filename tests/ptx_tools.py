@@ -30,6 +30,7 @@ class Counts(ctypes.Structure):
         (name, ctypes.c_uint64)
         for name in (
             "launches",
+            "blocks",
             "instructions",
             "products",
             "bytes_loaded",
@@ -40,6 +41,7 @@ class Counts(ctypes.Structure):
         )
     )
     launches: int
+    blocks: int
     instructions: int  # of warps
     products: int  # mma
     bytes_loaded: int  # from global memory
@@ -54,7 +56,7 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(str(simt_tools.require(LIBRARY)))
     found.ptx_load.restype = ctypes.c_void_p
     found.ptx_error.restype = ctypes.c_char_p
-    found.ptx_counts.restype = Counts
+    found.ptx_counts.restype, found.ptx_counts.argtypes = Counts, (ctypes.c_char_p,)
     found.ptx_unload.argtypes = found.ptx_choose.argtypes = (ctypes.c_void_p,)
     found.ptx_configure.argtypes = (ctypes.c_ulonglong, ctypes.c_int)
     found.ptx_unmap.argtypes = (ctypes.c_void_p,)
@@ -76,8 +78,9 @@ def configure(seed: int = 0, junk: bool = False) -> None:
     library().ptx_configure(seed, junk)
 
 
-def counts() -> Counts:
-    found: Counts = library().ptx_counts()
+def counts(kernel: str = "") -> Counts:
+    """Of all kernels, or of those in whose mangled names this occurs."""
+    found: Counts = library().ptx_counts(kernel.encode())
     return found
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import cases  # noqa: E402
 
-from bench import bench_norm, families, gate, machine, report, room, timing  # noqa: E402
+from bench import bench_norm, families, gate, machine, report, results, room, timing  # noqa: E402
 from bench.peers import PEERS, Case, Eager, Handtuned, OnnxRuntime, Unavailable  # noqa: E402
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_peer_is_left_out() -> None:
     assert refused["onnxruntime"].startswith("output differs")
 
 
-def row(op: str, ratio: float, target: float | None, **changes: Any) -> report.Row:
+def row(op: str, ratio: float, target: float | None, **changes: Any) -> results.Row:
     def figures(seconds: float) -> dict[str, Any]:
         r = seconds / 1e-3
         return {
@@ -180,11 +180,11 @@ ROWS = [
 
 
 def test_verdicts() -> None:
-    assert [report.verdict(r) for r in ROWS] == ["ok", "missed", ""]
+    assert [results.verdict(r) for r in ROWS] == ["ok", "missed", ""]
     assert [report.cells(r)[-1] for r in ROWS] == ["", "slower", "test red"]
     assert report.cells(ROWS[0])[5] == "2.00 (1.80–2.20)"
     assert report.cells(ROWS[0])[8:11] == ["25 → 50", "3000 → 0", "1.5 ok"]
-    run = report.Run(families.NORM, "default", {machine.OTHER_WORK: 1.0}, ROWS)
+    run = results.Run(families.NORM, "default", {machine.OTHER_WORK: 1.0}, ROWS)
     assert report.summary(run).startswith("2 rows timed, 1 slower than torch eager, 1 refused")
     assert "Not a quiet machine" in report.terminal(run, colour=False)
 
@@ -193,7 +193,7 @@ def test_a_target_may_be_a_share_of_the_limit() -> None:
     reached, missed = (row("attention fwd", 2.0, 1.5, limit="FMA", share_target=share) for share in (0.5, 0.6))
     assert report.cells(reached, families.ATTENTION)[10] == "1.5, 50% ok"
     assert report.cells(missed, families.ATTENTION)[10] == "1.5, 60% missed"
-    assert report.verdict(row("attention fwd", 2.0, None, share_target=0.4)) == "ok"
+    assert results.verdict(row("attention fwd", 2.0, None, share_target=0.4)) == "ok"
 
 
 def test_limits_are_positive() -> None:
@@ -204,7 +204,7 @@ def test_limits_are_positive() -> None:
 def test_page_is_self_contained(tmp_path: Path) -> None:
     for allocator in machine.ALLOCATORS:
         data = {"allocator": allocator, "rows": ROWS, "machine_info": {"handtuned": {"cpu": "a <cpu>"}}}
-        report.json_path(tmp_path, families.NORM, allocator).write_text(json.dumps(data))
+        results.json_path(tmp_path, families.NORM, allocator).write_text(json.dumps(data))
     assert report.main([str(tmp_path)]) == 0
     page = (tmp_path / "norm.html").read_text()
     assert not re.search(r"<(script|link|img|iframe|object)|@import|url\((?!#)", page)

@@ -17,7 +17,7 @@ import pytest
 from test_bench import ROWS
 from test_site import site  # noqa: F401  (a fixture)
 
-from bench import families, report
+from bench import families, report, results
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SCREENS = {"desk": (1280, 900), "phone": (390, 844)}
@@ -102,7 +102,7 @@ def test_site(browser: Any, served: str, page: str) -> None:
 
 def test_page_of_the_benchmarks(browser: Any, tmp_path: Path) -> None:
     data = {"allocator": "default", "rows": ROWS * 4, "machine_info": {"handtuned": {"cpu": "some CPU"}}}
-    report.json_path(tmp_path, families.NORM, "default").write_text(json.dumps(data))
+    results.json_path(tmp_path, families.NORM, "default").write_text(json.dumps(data))
     assert report.main([str(tmp_path)]) == 0
     readable(browser, (tmp_path / "norm.html").as_uri(), plots=True)
 

@@ -21,6 +21,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import handtuned
 from handtuned import ops
 from handtuned.nn import functional as H
+from handtuned.nn.functional import cross_entropy
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.no_triton]
 SLOW = ("generic", "emulated512")
@@ -59,9 +60,21 @@ def test_numerics_contract(kernels: str, case: Case) -> None:
     cc.check_contract(case)
 
 
+@pytest.mark.parametrize("kept", [0, 8200, 8300])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_numerics_contract_over_chunks_of_rows_and_classes(dtype: torch.dtype) -> None:
-    cc.check_contract(cc.SEVERAL_CHUNKS.with_(dtype=dtype))
+def test_numerics_contract_over_chunks_of_rows_and_classes(
+    dtype: torch.dtype, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the probabilities of no class, of a chunk and a few, and of all."""
+    case = cc.SEVERAL_CHUNKS.with_(dtype=dtype)
+    monkeypatch.setattr(cross_entropy, "KEPT_BYTES", kept * dtype.itemsize * case.rows[0])
+    cc.check_contract(case)
+
+
+@pytest.mark.cases([case for case in cc.CASES if not case.softcap], thinned=SLOW)
+def test_numerics_contract_without_probabilities(isa: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "KEPT_BYTES", 0)
+    cc.check_contract(case)
 
 
 @pytest.mark.cases([cc.EVERYTHING, cc.EVERYTHING.with_(dtype=BF16), Case((1100,), 40, 900, F32, bias=True)])
@@ -140,9 +153,10 @@ def peak_bytes(run: Any) -> int:
     return most
 
 
-def test_memory_grows_with_the_rows_alone() -> None:
+def test_memory_beyond_what_is_kept_grows_with_the_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits would take 240 and 480 MB; the gradient of the weight and the chunks take 40, rows 0.6 KB each."""
     classes, width = 30_000, 16
+    monkeypatch.setattr(cross_entropy, "KEPT_BYTES", 5_000_000)
     peaks = []
     for rows in (2048, 4096):
         x, w = (torch.randn(n, width, requires_grad=True) for n in (rows, classes))
@@ -154,7 +168,7 @@ def test_memory_grows_with_the_rows_alone() -> None:
         step()
         x.grad = w.grad = None
         peaks.append(peak_bytes(step))
-    assert 5e6 < peaks[0] < 45e6
+    assert 10e6 < peaks[0] < 50e6
     assert peaks[1] - peaks[0] < 2048 * 1000
 
 
@@ -243,6 +257,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("label_smoothing", 1.5, r"label_smoothing is 1\.5, the limits are 0 and 1"),
     ("softcap", -1.0, r"softcap is -1, it must be finite and at least 0"),
     ("z_loss", float("inf"), r"z_loss is inf, it must be finite"),
+    ("keep", 6, r"keep is 6, the limits are 0 and 5 for 5 classes"),
+    ("kept", torch.ones(4), r"kept has shape \[4\], expected \[rows, classes kept\]"),
+    ("kept", torch.ones(3, 5), r"kept has shape \[3, 5\], expected \[4, 5\]"),
+    ("kept", torch.ones(4, 6), r"keep is 6, the limits are 0 and 5"),
+    ("kept", torch.ones(4, 5).double(), r"kept is (torch\.)?float64, input is (torch\.)?float32"),
     ("grad_loss", torch.ones(4), r"grad_loss has shape \[4\], expected \[\]"),
     ("stats", torch.ones(4), r"stats has shape \[4\], expected \[2, 4\]"),
     (
@@ -264,7 +283,8 @@ def wrong_calls() -> list[Any]:
 
 def arguments_of(op: str) -> dict[str, Any]:
     right: dict[str, Any] = {"input": torch.ones(4, 6), "linear_weight": torch.ones(5, 6), "grad_loss": torch.ones(())}
-    right |= {"target": torch.arange(4), "stats": torch.ones(2, 4), "reduction": 1, "ignore_index": -100}
+    right |= {"target": torch.arange(4), "stats": torch.ones(2, 4), "kept": torch.ones(4, 5), "keep": 5}
+    right |= {"reduction": 1, "ignore_index": -100}
     right |= {"label_smoothing": 0.0, "softcap": 0.0, "z_loss": 0.0}
     right |= {"need_input": True, "need_linear_weight": True, "need_linear_bias": False}
     return {a.name: right.get(a.name) for a in ops.CROSS_ENTROPY_OPS[op]._schema.arguments}
@@ -288,7 +308,7 @@ def test_wrong_arguments(op: str, argument: str, value: Any, says: str) -> None:
 @pytest.mark.parametrize("op", ops.CROSS_ENTROPY_OPS)
 def test_a_target_out_of_bounds_is_refused(kernels: str, op: str, wrong: int) -> None:
     arguments = arguments_of(op) | {"target": torch.tensor([0, 1, wrong, -100])}
-    call = handtuned.backends._namespace(handtuned.backends.Candidate(kernels if kernels == "reference" else "cpu", ""))
+    call = handtuned.serving.namespace(kernels if kernels == "reference" else "cpu")
     says = error_of(lambda: getattr(call, op)(*arguments.values()))
     assert re.search(rf"target {wrong}.* is out of bounds, the limits are 0 and 4; rows of class -100", says)
 

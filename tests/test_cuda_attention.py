@@ -1,6 +1,6 @@
 """What is particular to CUDA attention, in the emulator: every schedule, bank conflicts, keys cut into chunks, what
-moves how often, numbers in device memory that lie beyond their limits, planted bugs caught. Values on the shared cases
-are in test_attention.py, registers in test_cuda_budgets.py."""
+moves how often, numbers in device memory that lie beyond their limits. Values on the shared cases are in
+test_attention.py, planted bugs in test_cuda_hunt.py, registers in test_cuda_budgets.py."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import pytest
 import simt_tools
 import torch
 from attention_cases import ALL, ALL_PACKED, BASE, BF16, CAUSAL, F16, F32, F64, PACKED, Case
-from hunting import hunted, hunted_points
-from simt import mutate
 from test_norm_properties import assert_same_bits
 from torch import Tensor
 
@@ -135,18 +133,3 @@ def test_numbers_beyond_their_limits_touch_nothing() -> None:
 
 def named(outputs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return dict(zip(("output", "lse"), outputs, strict=True))
-
-
-# ---- planted bugs ----------------------------------------------------------------------------------------------------
-
-
-def test_sanitizers_find_nothing() -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer on tensors that end where their memory ends."""
-    assert hunted("attention")[-1] is None
-
-
-@pytest.mark.parametrize("point", hunted_points("attention"), ids=lambda p: p.name)
-def test_planted_bug_is_caught(point: mutate.Point) -> None:
-    """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. A
-    sample, without HANDTUNED_EVERY_MUTANT (make test-gpu-full)."""
-    assert hunted("attention")[point.number] is not None

@@ -1,18 +1,14 @@
 """What is particular to the CUDA norms, in the emulator: rows of every width, every schedule, memory touched once,
-no bank conflict, planted bugs caught. Values on the shared cases are in test_norm.py, registers in
+no bank conflict. Values on the shared cases are in test_norm.py, planted bugs in test_cuda_hunt.py, registers in
 test_cuda_budgets.py."""
 
 from __future__ import annotations
-
-import collections
 
 import cases
 import numerics
 import pytest
 import simt_tools
 import torch
-from hunting import POINTS, hunted, hunted_points
-from simt import mutate
 from torch import Tensor
 
 from handtuned import ops
@@ -94,24 +90,3 @@ def test_no_bank_conflicts(case: cases.Case) -> None:
         everything(case)
         assert emulator.counts.bank_conflicts == 0
         assert emulator.counts.most_shared_bytes <= 99 << 10
-
-
-# ---- planted bugs ----------------------------------------------------------------------------------------------------
-
-
-def test_sanitizers_find_nothing() -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer on tensors that end where their memory ends."""
-    assert hunted("norm")[-1] is None
-
-
-@pytest.mark.parametrize("point", hunted_points("norm"), ids=lambda p: p.name)
-def test_planted_bug_is_caught(point: mutate.Point) -> None:
-    """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. A
-    sample, without HANDTUNED_EVERY_MUTANT (make test-gpu-full)."""
-    assert hunted("norm")[point.number] is not None
-
-
-def test_equivalent_mutants_are_still_there() -> None:
-    places = collections.Counter((p.file, p.text) for p in POINTS)
-    for file, text, *which in mutate.EQUIVALENT:
-        assert places[file, text] > max(which, default=0), f"{file}: {text} has changed: judge it anew"

@@ -1,4 +1,4 @@
-"""The CUDA norms and recurrent layers under ThreadSanitizer (simt/races.cpp): no two CUDA threads touch one address of
+"""The CUDA kernels of every family under ThreadSanitizer (simt/races.cpp): no two CUDA threads touch one address of
 global or shared memory, one of them storing, without a barrier between them, of whatever blocks they are; and such a
 pair would be found."""
 
@@ -18,15 +18,25 @@ def races(name: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("name", ["norms", "rnns", "barrier", "warp_barrier", "blocks", "blocks_meet", "two_launches"])
+FAMILIES = ["norms", "rnns", "attentions", "attention_in_chunks"]
+RIGHT = ["barrier", "warp_barrier", "blocks", "blocks_meet", "two_launches"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *RIGHT])
 def test_no_race(name: str) -> None:
     status, report = races(name)
     assert status == 0, report[-6000:]
 
 
-@pytest.mark.parametrize("name", ["no_barrier", "no_warp_barrier", "shuffle", "blocks_one_word", "blocks_do_not_meet"])
+# What has a race, and a word of the code that it is in.
+PLANTED = dict.fromkeys(
+    ["no_barrier", "no_warp_barrier", "shuffle", "blocks_one_word", "blocks_do_not_meet"], "races.cpp"
+) | {"attention_with_one_output": "attention_forward.cuh", "attention_with_one_gradient": "attention_backward.cuh"}
+
+
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_race_is_found(name: str) -> None:
     status, report = races(name)
     assert status == 66
     assert "WARNING: ThreadSanitizer: data race" in report
-    assert "races.cpp" in report
+    assert PLANTED[name] in report

@@ -1,5 +1,5 @@
 """The CUDA recurrent kernels in the emulator: the cases of the CPU kernels, wherever the weights stay, under every
-schedule; planted bugs caught. Registers are in test_cuda_budgets.py."""
+schedule. Planted bugs are in test_cuda_hunt.py, registers in test_cuda_budgets.py."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import rnn_cases as rc
 import simt_tools
 import torch
-from hunting import EVERY, hunted, hunted_points
+from hunting import EVERY
 from rnn_cases import CASES, FORMS, Case
-from simt import mutate
 from test_rnn import check_contract
 from test_rnn_variants import PAIRS, SHORT, check_short, close
 from torch import Tensor
@@ -201,18 +200,3 @@ def test_layer_normalisation_on_cuda_is_the_formula(monkeypatch: pytest.MonkeyPa
         assert kernels_for("rnn", x, "GRU layernorm").is_formula
     with handtuned.strict(), pytest.raises(handtuned.FallbackError, match="normalises recurrent gates"):
         kernels_for("rnn", x, "GRU layernorm")
-
-
-# ---- planted bugs ----------------------------------------------------------------------------------------------------
-
-
-def test_sanitizers_find_nothing() -> None:
-    """AddressSanitizer and UndefinedBehaviorSanitizer on tensors that end where their memory ends."""
-    assert hunted("rnn")[-1] is None
-
-
-@pytest.mark.parametrize("point", hunted_points("rnn"), ids=lambda p: p.name)
-def test_planted_bug_is_caught(point: mutate.Point) -> None:
-    """A barrier, predicate or loop bound is broken: a wrong value, a race, other traffic or a sanitizer must tell. A
-    sample, without HANDTUNED_EVERY_MUTANT (make test-gpu-full)."""
-    assert hunted("rnn")[point.number] is not None

@@ -327,7 +327,7 @@ def test_rotary(width: int, interleaved: bool, causal: bool) -> None:
             r"dropout_p is 0.1, with block_table the limit is 0",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "call",
 )
 def test_bad_input(call: Any, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
@@ -355,7 +355,7 @@ def test_bad_input(call: Any, message: str) -> None:
         ({"rotary_cos": torch.ones(8, 3), "rotary_sin": torch.ones(8, 3)}, r"Lro >= 9, the length of the cache"),
         ({"cache_seqlens": 9}, r"cache_lengths\[0\] is 9, the limits are 0 and 8"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else ",".join(value),
 )
 def test_a_cache_refuses(changed: dict[str, Any], message: str) -> None:
     arguments = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gpu_bounds
 import ptx_tools
 import simt_tools
@@ -14,6 +16,8 @@ def test_bounds_of_a_plain_gpu() -> None:
     found = gpu_bounds.Work(bytes=100, arithmetic=10, issued=40).bounds(gpu)
     assert found == {"bytes": 100.0, "arithmetic": 5.0, "issue": 10.0}
     assert gpu_bounds.Work(bytes=1, arithmetic=2, issued=4, products=3).bounds(gpu)["tensor"] == 12.0
+    larger = replace(gpu, multiprocessors=8)
+    assert gpu_bounds.Work(bytes=1, arithmetic=16, issued=4, blocks=4).bounds(larger)["arithmetic"] == 2.0
 
 
 @ptx_tools.needs_nvcc

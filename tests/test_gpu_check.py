@@ -1,27 +1,39 @@
-"""bench/gpu_check.py without a GPU: a dry run from beginning to end, and that no failing row stops the others."""
+"""bench/gpu_check.py without a GPU: a dry run from beginning to end, and that the report is written whatever happens:
+rows that fail, crash or hang, no device."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_check_subjects as subjects
 import pytest
 import torch
 
-from bench import gpu_check, gpu_workloads
+import handtuned
+from bench import gpu_check, gpu_checks, gpu_device, gpu_report, gpu_rows, gpu_times, gpu_workloads
 
 needs_emulator = pytest.mark.skipif(
-    not gpu_check.simt_tools.LIBRARY.exists(), reason="the emulator is part of the test build alone: make test"
+    not gpu_device.simt_tools.LIBRARY.exists(), reason="the emulator is part of the test build alone: make test"
 )
 
 
 def read(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / "gpu-check.json").read_text())
     return data
+
+
+def filled(plan: gpu_rows.Plan) -> list[gpu_rows.Row]:
+    """The rows, made in this process."""
+    for job in plan.jobs:
+        gpu_rows.fill(job, plan.lost)
+    return [job.row for job in plan.jobs]
 
 
 @needs_emulator
@@ -32,11 +44,15 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checks = [row for row in rows if row["part"] == "check" and row["kernels"] == "cuda"]
     assert {row["family"] for row in checks} == {"norm", "attention", "rnn"}
     assert len(checks) > 25
-    assert all(row["status"] == "ok" for row in checks)
+    assert {row["name"] for row in checks if row["status"] != "ok"} == {"replayed from a CUDA graph"}
     # The emulator stands for the device: its results are its own.
-    assert {row["figures"]["from the emulator, eps of the largest value"] for row in checks} == {0.0}
+    distances = [row["figures"].get(gpu_checks.FROM_EMULATOR) for row in checks]
+    assert distances.count(0.0) == len(checks) - 6
     triton = [row for row in rows if row["kernels"] == "triton"]
-    assert {row["why"] for row in triton} == {"triton kernels do not run in a dry run"}
+    assert {row["why"] for row in triton} == {
+        "triton kernels do not run in a dry run",
+        "CUDA graphs need a CUDA device",
+    }
     families = {row["family"] for row in rows if row["part"] == "time"}
     assert families == {"memory", "norm", "attention", "rnn"}
     assert "seconds" not in (tmp_path / "gpu-check.json").read_text()
@@ -44,7 +60,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "0 failed" in capsys.readouterr().out
 
 
-class Broken(gpu_check.Dry):
+class Broken(gpu_device.Dry):
     """Pretends to be an H100 with working events, on which every third row fails."""
 
     name = "NVIDIA H100 80GB HBM3"
@@ -79,14 +95,16 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         original = gpu_workloads.workloads
         patch.setattr(gpu_workloads, "workloads", lambda small, quick: original(True, quick))
-        assert gpu_check.report(Broken(), folder, quick=True) == 1
+        patch.setattr(gpu_checks, "RUNS", 1)
+        plan = gpu_check.plan(Broken(), quick=True)
+        gpu_report.write(folder, plan.facts, filled(plan))
     return folder
 
 
 def test_a_failing_row_is_reported_in_its_place(broken: Path) -> None:
     rows = read(broken)["rows"]
     failed = [row for row in rows if row["status"] == "failed"]
-    checks = [row for row in rows if row["part"] == "check"]
+    checks = [row for row in rows if row["part"] == "check" and row["status"] != "skipped"]
     assert len(failed) == len(checks) // 3
     assert {row["why"] for row in failed} == {"RuntimeError: CUDA error: too <many> resources"}
     assert all("Traceback" in row["trace"] for row in failed)
@@ -106,23 +124,64 @@ def test_times_are_shares_of_the_peak(broken: Path) -> None:
     assert attention["figures"]["served by"] == "cpu"
 
 
-def test_nothing_runs_on_a_lost_device(tmp_path: Path) -> None:
-    device = Broken()
-    device.dead = True
-    rows = gpu_check.checks(device, quick=True)
-    assert [row.status for row in rows[:4]] == ["ok", "ok", "failed", "skipped"]
-    assert rows[-1].why == "the device was lost before: an illegal memory access"
-
-
 def test_a_wrong_result_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = gpu_check.norm_results
-    monkeypatch.setattr(gpu_check, "norm_results", lambda *a: {name: v + 1 for name, v in original(*a).items()})
-    for others in (gpu_check.ac, gpu_check.rc):
-        monkeypatch.setattr(others, "CASES", [])
-    monkeypatch.setattr(gpu_check, "WIDE_LAYERS", ())
-    rows = gpu_check.checks(gpu_check.Dry() if gpu_check.simt_tools.LIBRARY.exists() else Broken(), quick=True)
-    assert rows[0].status == "wrong"
-    assert "output: rms error" in rows[0].why
+    original = gpu_checks.norm_results
+    monkeypatch.setattr(gpu_checks, "norm_results", lambda *a: {name: v + 1 for name, v in original(*a).items()})
+    row = filled(gpu_rows.Plan({}, gpu_checks.jobs(Broken(), quick=True)[:1]))[0]
+    assert row.status == "wrong"
+    assert "output: rms error" in row.why
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that needs too much says so in its place; where it is handtuned, the row fails and the next one runs."""
+
+    def greedy(device: torch.device) -> Callable[[], object]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB.\nMore words")
+
+    small = next(iter(gpu_workloads.workloads(small=True, quick=True)))
+    for name, status in (("torch", "ok"), (gpu_workloads.OURS, "failed")):
+        workload = replace(small, peers=small.peers | {name: greedy})
+        job = gpu_rows.Job(
+            gpu_rows.Row("time", "norm", "a shape", "auto"), partial(gpu_times.measure, workload, Broken())
+        )
+        assert gpu_rows.fill(job, lambda: None)
+        assert job.row.status == status
+        refused = job.row.figures["peers"][name]["refused"]
+        assert refused == "OutOfMemoryError: CUDA out of memory. Tried to allocate 4.00 GiB."
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_and_a_hang_cost_one_row_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make = partial(subjects.plan, "fine", "crash", "fine", "hang", "lose", "fine")
+    assert gpu_check.report(make, tmp_path, patience=2) == 1
+    rows = read(tmp_path)["rows"]
+    assert [row["status"] for row in rows] == ["ok", "failed", "ok", "failed", "failed", "ok"]
+    assert rows[1]["why"] == "its process ended: SIGSEGV"
+    assert rows[3]["why"] == "no answer in 2 s: its process was killed"
+    assert "illegal memory access" in rows[4]["why"]
+    assert "2 crash" not in capsys.readouterr().out
+    assert "SIGSEGV" in (tmp_path / "gpu-check.html").read_text()
+
+
+def test_after_many_crashes_the_rest_is_skipped() -> None:
+    rows: list[gpu_rows.Row] = []
+    gpu_rows.supervised(partial(subjects.plan, *["crash"] * 2, "fine"), rows, {}, starts=2, say=lambda line: None)
+    assert [row.status for row in rows] == ["failed", "failed", "skipped"]
+    assert rows[2].why == "2 processes were lost before it"
+
+
+def test_without_a_device_it_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_check.report(subjects.no_device, tmp_path) == 2
+    said = capsys.readouterr().out
+    assert "torch sees no CUDA device: the driver is too old" in said
+    assert "--dry-run" in said
+    assert read(tmp_path)["rows"] == []
+    assert "the driver is too old" in (tmp_path / "gpu-check.html").read_text()
+
+
+# ---- the real device -------------------------------------------------------------------------------------------------
 
 
 class FakeEvent:
@@ -148,29 +207,32 @@ def test_the_real_device_on_a_fake_torch_cuda(monkeypatch: pytest.MonkeyPatch) -
     properties = SimpleNamespace(name="A100", major=8, minor=0, multi_processor_count=108, total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    device = gpu_check.Cuda()
+    device = gpu_device.Cuda()
     device.torch_device = torch.device("cpu")
-    assert device.describe()["capability"] == "sm_80"
+    found = device.describe()
+    assert found["capability"] == "sm_80"
+    assert found["devices"] == "2, of which the first is checked"
+    assert found["driver"].startswith("unknown (FileNotFoundError")
     assert device.seconds(lambda: None, 4) == 5e-4
     assert device.lost() is None
-    row = gpu_check.Row("check", "norm", "a case", "cuda")
-    rows: list[gpu_check.Row] = []
-    gpu_check.attempt(rows, row, device, lambda row: device.kernels("cuda").__enter__())
-    assert row.status == "skipped"
-    assert row.why.startswith("no cuda kernels here: ")
+    with pytest.raises(LookupError, match="no cuda kernels here: "), device.kernels("cuda"):
+        pass
+    row = SimpleNamespace(backend="cuda", usable=True)
+    monkeypatch.setattr(handtuned, "info", lambda: SimpleNamespace(kernels=[row]))
+    with pytest.raises(LookupError, match="no GPU kernel normalises gates"), device.kernels("cuda"):
+        raise handtuned.FallbackError("no GPU kernel normalises gates")
 
     def broken() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    monkeypatch.setattr(torch.cuda, "init", lambda: broken())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "built for CUDA 13.0: RuntimeError: CUDA error: an illegal" in gpu_device.why_no_device()
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     assert device.lost() == "RuntimeError: CUDA error: an illegal memory access was encountered"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_check.main([]) == 2
-    said = capsys.readouterr().out
-    assert "torch sees no CUDA device" in said
-    assert "--dry-run" in said

@@ -128,7 +128,7 @@ ACTIVATIONS: list[Any] = [
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: getattr(a, "__name__", str(a)))
 @pytest.mark.parametrize("kind", KINDS[:2])
 def test_activations(kind: type[nn.Module], activation: Any, norm_first: bool) -> None:
     theirs, ours = build(kind, activation=activation, norm_first=norm_first)

@@ -25,7 +25,7 @@ import numerics
 import triton_tools
 from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
 from handtuned.triton_kernels import attention as launchers
-from handtuned.triton_kernels import common, tuning
+from handtuned.triton_kernels import attention_plan, common, tuning
 from torch import Tensor
 
 import handtuned
@@ -65,10 +65,10 @@ def _triton() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def small_tiles() -> Iterator[None]:
+def small_tiles(descriptors: int = 0) -> Iterator[None]:
     """Several tiles and several blocks of a row in small problems."""
     original = tuning.attention
-    tuning.attention = lambda *_: tuning.AttentionConfig(16, 16, 4, 1, 16)
+    tuning.attention = lambda *_: tuning.AttentionConfig(16, 16, 4, 1, 16, descriptors)
     try:
         yield
     finally:
@@ -113,6 +113,29 @@ def test_every_element(case: Case) -> None:
 def test_many_tiles_and_rows_by_blocks(case: Case) -> None:
     with small_tiles():
         check(case)
+
+
+# Aligned rows; one case is not.
+DESCRIBED = [
+    Case((2, 4, 19, 35, 16), kv_heads=2, causal=True, dtype=BF16),
+    EVERYTHING.with_(shape=(2, 2, 11, 21, 8), value_width=20),
+    EVERYTHING_PACKED.with_(shape=(2, 2, 0, 0, 24), value_width=16, dtype=F16),
+    Case((1, 3, 9, 18, 8), kv_heads=1),
+    Case((1, 1, 9, 18, 7)),
+]
+
+
+@pytest.mark.parametrize("case", DESCRIBED, ids=lambda case: case.name)
+def test_tensor_descriptors(case: Case) -> None:
+    """Zeros behind a tensor's end; behind a sequence's end whatever is there; pointers where they cannot be had."""
+    notes: list[str] = []
+    with small_tiles(descriptors=1), tuning.noted(notes):
+        check(case)
+    through = [note for note in notes if " through " in note]
+    assert len(through) == 3
+    for note in through:
+        assert ("tensor descriptors" in note) == (case.shape[4] != 7 and not (case.shape[1] == 3 and "keys" in note))
+    assert any("not all multiples of 16 bytes" in note for note in through) == (case.shape[4] == 7)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +186,13 @@ DECODING = [
 @pytest.mark.parametrize("paged", [False, True], ids=["dense", "paged"])
 @pytest.mark.parametrize("case", DECODING, ids=lambda case: case.name)
 def test_keys_split_over_programs(case: Case, paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages in any order, unused ones NaN and their numbers out of bounds."""
+    """Pages in any order, unused ones NaN and their numbers out of bounds. The first two through descriptors."""
     t = ac.tensors(case)
     truth = an.exact(case, t)
     table, key, value = None, t.key, t.value
     assert t.key_lengths is not None
     if paged:
-        size, batch = 8, case.shape[0]
+        size, batch = 16 if case.shape[3] % 16 == 0 else 8, case.shape[0]
         pages = case.shape[3] // size
         table = torch.randperm(batch * pages).reshape(batch, pages)
         key, value = (
@@ -182,12 +205,14 @@ def test_keys_split_over_programs(case: Case, paged: bool, monkeypatch: pytest.M
         table = torch.where(torch.arange(pages) * size < t.key_lengths[:, None], table, 2**31 - 1).int()
     left, right = case.window_sides
     options = (case.score_scale, case.alignment == "bottom_right", left, right, case.softcap, 0.0, None)
-    monkeypatch.setattr(launchers, "LEAST_KEYS", 16)
-    monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64)))
-    with triton_tools.guarded(common):
+    described, notes = case in DECODING[:2], list[str]()
+    monkeypatch.setattr(attention_plan, "LEAST_KEYS", 16)
+    monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64, int(described))))
+    with triton_tools.guarded(common), tuning.noted(notes):
         output, lse = launchers.attention(
             *(t.query, key, value, t.mask, None, None, t.key_lengths, table, t.alibi_slopes, t.sinks), *options
         )
+    assert any(note.endswith("through tensor descriptors") for note in notes) == described
     an.check_every_element(case, {"output": output, "lse": lse}, truth)
 
 
@@ -200,7 +225,7 @@ def test_packed_queries_against_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     table, sinks = torch.randperm(12, generator=generator).reshape(3, 4) % 8, torch.tensor([0.3, -1.0])
     slopes = torch.rand(3, 2, generator=generator)
     given = (query, key, value, None, starts, None, lengths, table, slopes, sinks, 0.4, True, 25, 0, 0.0, 0.0, None)
-    monkeypatch.setattr(launchers, "LEAST_KEYS", 16)
+    monkeypatch.setattr(attention_plan, "LEAST_KEYS", 16)
     monkeypatch.setattr(launchers, "tuning", replace_attention((16, 16, 4, 1, 64)))
     with triton_tools.guarded(common):
         output, lse = launchers.attention(*given)

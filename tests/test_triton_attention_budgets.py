@@ -81,7 +81,16 @@ def test_ahead_of_time_budgets(compiled: triton_ahead.Compiled) -> None:
 
 
 def test_instruction_mix(compiled: triton_ahead.Compiled) -> None:
+    """What a kernel walks over comes by TMA where the table says so."""
     triton_ahead.check_instructions(compiled, TENSOR_CORES)
+    copied = {key: any(op.startswith("cp.async.bulk.tensor") for op in found[0].mix) for key, found in compiled.items()}
+    assert any(copied.values())
+    for (case, arch), by_descriptor in copied.items():
+        kernel, dtype, width, form = case.split()
+        name = kernel + "_options" * (form == "everything")
+        if kernel != "mask" and form != "paged":
+            config = tuning._tile("attention", (arch, name, str(getattr(torch, dtype).itemsize), width))[0]
+            assert by_descriptor == (config[5:] == [1]), f"{case} on {arch}"
 
 
 def test_committed_table_is_complete() -> None:
@@ -95,7 +104,8 @@ def test_committed_table_is_complete() -> None:
             assert set(sizes) == {"2", "4", "8"}
             for widths in sizes.values():
                 assert set(widths) == {"32", "64", "128", "256", "512"}
-                for rows, keys, warps, stages, widest in widths.values():
+                for rows, keys, warps, stages, widest, *descriptors in widths.values():
+                    assert descriptors in ([], [0], [1])
                     for number in (rows, keys, widest):
                         assert number >= 16
                         assert number & (number - 1) == 0

@@ -27,15 +27,16 @@ def compiled_forms(launch: str, names: tuple[str, ...], cases: list[Form]) -> Co
 
 
 def check_budgets(compiled: Compiled, sampled: list[Form], budgets_file: Path) -> None:
-    """No spills where operands have 16 bits, an architecture's limits; of what is sampled also registers, by the 8 in
+    """No spills where operands have 16 bits (but for the second try of tiles that met a NaN, behind the first in the
+    list), an architecture's limits; of what is sampled also registers, by the 8 in
     which hardware hands them out, shared memory and instructions. After a wanted change: HANDTUNED_WRITE_BUDGETS=1
     pytest -k budgets."""
     found: dict[str, dict[str, list[int]]] = {}
     always = {(" ".join(map(str, case)), arch) for *case, archs in sampled for arch in archs}
     wrong = []
     for (case, arch), kernels in compiled.items():
-        for kernel in kernels:
-            most_stack = 0 if "float16" in case else MOST_STACK
+        for number, kernel in enumerate(kernels):
+            most_stack = 0 if "float16" in case and number == 0 else MOST_STACK
             if kernel.spills > most_stack or kernel.shared > MOST_SHARED[arch]:
                 wrong.append(f"{case} on {arch}: {kernel.spills} bytes spilled, {kernel.shared} of shared memory")
         used = [-(-kernels[0].registers // 8) * 8, kernels[0].shared, sum(kernels[0].mix.values())]
@@ -60,11 +61,11 @@ def check_budgets(compiled: Compiled, sampled: list[Form], budgets_file: Path) -
 def check_instructions(compiled: Compiled, tensor_cores: dict[str, Collection[str]]) -> None:
     """Tensor cores and no local memory where operands have 16 bits, no atomics."""
     for (case, arch), kernels in compiled.items():
-        for kernel in kernels:
+        for number, kernel in enumerate(kernels):
             if "bfloat16" in case:
                 cores = [op for op in kernel.mix if op.startswith(tuple(tensor_cores[arch]))]
                 assert cores, f"{case} on {arch} has none of {tensor_cores[arch]}: {sorted(kernel.mix)}"
                 local = [op for op in kernel.mix if op.startswith(("ld.local", "st.local", "scratch_"))]
-                assert not local, f"{case} on {arch}: {local}"
+                assert number or not local, f"{case} on {arch}: {local}"
             atomics = [op for op in kernel.mix if op.startswith(("atom.", "red.")) or "atomic" in op]
             assert not atomics, f"{case} on {arch}: {atomics}"

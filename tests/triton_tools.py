@@ -134,15 +134,20 @@ def fenced(tensor: torch.Tensor) -> torch.Tensor:
     return inside.copy_(tensor)
 
 
+def filling(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 77
+
+
 @contextlib.contextmanager
 def guarded(module: Any) -> Iterator[None]:
-    """Every `module.empty()` starts as NaN and lies between two NaN bands, whose bits are compared at the end."""
+    """Every `module.empty()` starts as NaN (integers as 77) and lies between two such bands, whose bits are compared at
+    the end."""
     original = module.empty
     buffers: list[torch.Tensor] = []
 
     def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         size = int(np.prod(shape))
-        buffer = torch.full((size + 2 * BAND,), float("nan"), dtype=dtype or like.dtype)
+        buffer = torch.full((size + 2 * BAND,), filling(dtype or like.dtype), dtype=dtype or like.dtype)
         buffers.append(buffer)
         return buffer[BAND : BAND + size].view(shape)
 
@@ -152,7 +157,7 @@ def guarded(module: Any) -> Iterator[None]:
     finally:
         module.empty = original
     for buffer in buffers:
-        band = torch.full((BAND,), float("nan"), dtype=buffer.dtype).view(torch.uint8)
+        band = torch.full((BAND,), filling(buffer.dtype), dtype=buffer.dtype).view(torch.uint8)
         for side, part in (("before", buffer[:BAND]), ("after", buffer[-BAND:])):
             size = buffer.numel() - 2 * BAND
             assert torch.equal(part.view(torch.uint8), band), f"a store went {side} a buffer of {size} elements"
@@ -177,16 +182,23 @@ class Resources:
     mix: dict[str, int]  # opcodes
 
 
-def compile_call(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
-    """Compile kernel[grid](*args, **options) as it would be compiled on a device of this architecture."""
+def bound_call(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> tuple[Any, ...]:
+    """(target, backend, arguments, what of them is compiled in, options) of kernel[grid](*args, **options)."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import make_backend
     from triton.runtime import jit
 
     target = GPUTarget(*ARCHITECTURES[arch])
     backend = make_backend(target)
     bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, rest = bind(*args, **options)
+    return target, backend, *bind(*args, **options)
+
+
+def compile_call(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
+    """Compile kernel[grid](*args, **options) as it would be compiled on a device of this architecture."""
+    from triton.compiler import ASTSource
+
+    target, backend, bound, specialization, rest = bound_call(kernel, args, options, arch)
     rest["debug"] = False
     parsed, signature, constants, attributes = kernel._pack_args(backend, rest, bound, specialization, rest)
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
@@ -250,15 +262,42 @@ def compile_case(
     return [resources(compiled, disassemble) for compiled in {compiled.hash: compiled for compiled in calls}.values()]
 
 
+def keys_of_case(launch: Callable[..., None], arch: str, case: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, form, cache key) of every launch. The form is what options decide: constants, absent tensors."""
+
+    def absent(value: Any) -> Any:
+        return [absent(part) for part in value] if isinstance(value, tuple) else value is None
+
+    found = []
+    with recorded_launches() as launches:
+        launch(arch=arch, **case)
+    for kernel, args, options in launches:
+        _target, _backend, _bound, specialization, rest = bound_call(kernel, args, options, arch)
+        constants = [value for kind, value in specialization if kind == "constexpr"]
+        found.append((kernel.fn.__name__, str((absent(args), constants, rest)), str((specialization, rest))))
+    return found
+
+
 def ahead_of_time(launch: str, cases: list[dict[str, Any]], timeout: float = 600.0) -> list[list[Resources]]:
     """For each case, the resources of every kernel that `launch`, "module:function", launches for it.
 
     A case holds "arch", optionally "disassemble" and "only", the name of one kernel, and the other keyword arguments of
     the function.
     """
+    found = in_a_process(launch, cases, timeout, compiled=True)
+    return [[Resources(**kernel) for kernel in case] for case in found]
+
+
+def cache_keys(launch: str, cases: list[dict[str, Any]]) -> list[list[tuple[str, str, str]]]:
+    """For each case keys_of_case(): what Triton would look for among what it has compiled."""
+    return [[tuple(key) for key in case] for case in in_a_process(launch, cases, 600.0, compiled=False)]
+
+
+def in_a_process(launch: str, cases: list[dict[str, Any]], timeout: float, compiled: bool) -> Any:
+    """One without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # only silences a warning, launches name the option
-    request = json.dumps({"launch": launch, "cases": cases})
+    request = json.dumps({"launch": launch, "cases": cases, "compiled": compiled})
     done = subprocess.run(
         [sys.executable, __file__],
         input=request,
@@ -269,16 +308,19 @@ def ahead_of_time(launch: str, cases: list[dict[str, Any]], timeout: float = 600
         check=False,
     )
     assert done.returncode == 0, f"ahead-of-time compilation failed:\n{done.stderr[-6000:]}"
-    return [[Resources(**kernel) for kernel in case] for case in json.loads(done.stdout)]
+    return json.loads(done.stdout)
 
 
 def main() -> None:
     request = json.load(sys.stdin)
     module, function = request["launch"].split(":")
     launch = getattr(importlib.import_module(module), function)
-    found = []
+    found: list[Any] = []
     for case in request["cases"]:
         arch, disassemble = case.pop("arch"), case.pop("disassemble", False)
+        if not request["compiled"]:
+            found.append(keys_of_case(launch, arch, case))
+            continue
         kernels = compile_case(launch, arch, case, disassemble, case.pop("only", None))
         found.append([dataclasses.asdict(kernel) for kernel in kernels])
     json.dump(found, sys.stdout)

@@ -14,176 +14,11 @@ import triton
 from torch import Tensor
 
 from . import common, tuning
+from .attention_arguments import Rows
 from .attention_backward import delta_kernel, keys_kernel, mask_kernel, rows_kernel, sinks_kernel
 from .attention_forward import forward_kernel, merge_kernel
-from .attention_tile import Entries, Inputs, Mask, Rows, Sizes
+from .attention_plan import WANTED_PROGRAMS, Problem, blocks_of, in_place, like, problem_of, rows_in, splits_of
 from .norm import sum_partials
-
-UNBOUNDED = 2**31 - 1
-WANTED_PROGRAMS = 512  # enough to fill any device; where rows make fewer, keys are dealt out too
-LEAST_KEYS = 256  # of a program that shares its rows with others
-
-
-def _in_place(tensor: Tensor) -> Tensor:
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _rows(tensor: Tensor | None) -> Rows:
-    if tensor is None:
-        return Rows(None)
-    if tensor.dim() == 4:
-        return Rows(tensor, *tensor.stride()[:3])
-    return Rows(tensor, 0, tensor.stride(1), tensor.stride(0))
-
-
-def _mask(mask: Tensor | None) -> Mask:
-    if mask is None:
-        return Mask(None)
-    if mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
-    lead = 4 - mask.dim()
-    strides = [stride if size != 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    return Mask(mask, *[0] * lead, *strides)
-
-
-def _like(tensor: Tensor, width: int) -> Tensor:
-    """A result of tensor's rows: with its heads inside the rows if `tensor` has; else contiguous."""
-    if tensor.dim() == 4 and tensor.stride(1) < tensor.stride(2):
-        batch, heads, rows, _ = tensor.shape
-        return common.empty((batch, rows, heads, width), tensor).transpose(1, 2)
-    return common.empty((*tensor.shape[:-1], width), tensor)
-
-
-class Problem(NamedTuple):
-    """What the kernels of forward and backward are told of a call."""
-
-    inputs: Inputs
-    sizes: Sizes
-    entries: Entries
-    numbers: tuple[float, float, int, float]  # scale, softcap, dropout's threshold and scale
-    form: dict[str, bool]  # constexpr
-
-    @property
-    def query(self) -> Tensor:
-        assert self.inputs.query.data is not None
-        return self.inputs.query.data
-
-    @property
-    def hides(self) -> bool:
-        """Whether a key that exists may be hidden from some queries of a tile."""
-        return self.form["WINDOWED"] or self.inputs.mask.data is not None
-
-    def kernel(self, name: str) -> str:
-        """The name in the table of tiles: options need registers of their own."""
-        bare = self.form["PLAIN"] and self.inputs.mask.data is None and self.inputs.seed is None
-        return name if bare else name + "_options"
-
-    @property
-    def kv_heads(self) -> int:
-        return self.sizes.heads // self.sizes.group
-
-    def tiles(self, starts: Tensor | None, rows: int, rows_of_one: int, block: int) -> tuple[Entries, int, int]:
-        """(entries, tiles of an entry, entries in the grid) where an entry's rows, times rows_of_one, go in blocks.
-
-        Packed rows go as one entry of as many tiles as there can be. A table made on the device tells each its place.
-        """
-        if starts is None:
-            return self.entries, triton.cdiv(rows * rows_of_one, block), self.sizes.batch
-        most = rows * rows_of_one // block + starts.numel()
-        ends = torch.cat([starts, starts.new_full((1,), rows)]).long()
-        counts = (ends.diff() * rows_of_one + block - 1) // block
-        last = counts.cumsum(0)
-        tile = torch.arange(most, device=starts.device)
-        entry = torch.searchsorted(last, tile, right=True).clamp_(max=starts.numel() - 1)
-        first = (tile - (last - counts)[entry]) * block
-        return self.entries._replace(tiles=torch.stack([entry, first]).int()), most, 1
-
-
-def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    query_starts: Tensor | None,
-    key_starts: Tensor | None,
-    key_lengths: Tensor | None,
-    block_table: Tensor | None,
-    alibi_slopes: Tensor | None,
-    scale: float,
-    bottom_right: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Problem:
-    packed = query_starts is not None
-    heads, kv_heads = query.shape[1], key.shape[1]
-    key_rows = key.shape[0] if key_starts is not None else key.shape[2]
-    max_pages, page_size = (0, 1) if block_table is None else (block_table.shape[1], key.shape[2])
-    if block_table is not None:
-        block_table, key_rows = block_table.contiguous(), max_pages * page_size
-    query_rows = query.shape[0] if packed else query.shape[2]
-    batch = query_starts.numel() - 1 if query_starts is not None else query.shape[0]
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
-    sizes = Sizes(
-        batch=batch,
-        heads=heads,
-        group=heads // max(kv_heads, 1),
-        query_rows=query_rows,
-        key_rows=key_rows,
-        total_rows=query_rows,
-        width=query.shape[-1],
-        value_width=value.shape[-1],
-        bottom_right=int(bottom_right),
-        window_left=window_left if window_left >= 0 else UNBOUNDED,
-        window_right=window_right if window_right >= 0 else UNBOUNDED,
-        max_pages=max_pages,
-        page_size=page_size,
-        num_pages=key.shape[0],
-        statistics=heads * query_rows * (1 if packed else batch),
-    )
-    starts, of_keys, lengths = (None if t is None else t.contiguous() for t in (query_starts, key_starts, key_lengths))
-    slopes_batch = heads if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
-    entries = Entries(starts, of_keys, lengths, block_table, alibi_slopes, slopes_batch, None)
-    additive = mask is not None and mask.dtype != torch.bool
-    form = {
-        "PLAIN": softcap == 0 and not additive and alibi_slopes is None and scale > 0,
-        "BOOLEAN": mask is not None and not additive,
-        "CAP": softcap > 0,
-        "WINDOWED": window_left >= 0 or window_right >= 0,
-    }
-    q, k, v = (_rows(_in_place(t)) for t in (query, key, value))
-    inputs = Inputs(q, k, v, _mask(mask), seed if dropout_p > 0 else None)
-    return Problem(inputs, sizes, entries, (scale, softcap, *common.dropout_constants(dropout_p)), form)
-
-
-def _blocks(problem: Problem, config: tuning.AttentionConfig) -> dict[str, Any]:
-    """Blocks of a row of queries and of values: constexpr."""
-    width, value_width = problem.sizes.width, problem.sizes.value_width
-    block, value_block = (min(max(16, triton.next_power_of_2(w)), config.widest) for w in (width, value_width))
-    return {
-        "WIDTH": block,
-        "VALUE_WIDTH": value_block,
-        "WHOLE": width <= block,
-        "EVEN": width % block == 0,
-        "EVEN_VALUES": value_width % value_block == 0,
-        "BLOCK_ROWS": config.rows,
-        "BLOCK_KEYS": config.keys,
-        "STAGES": config.stages,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
-
-
-def _splits(sizes: Sizes, packed_keys: bool, programs: int, block: int) -> tuple[int, int]:
-    """(programs that share the keys of a tile, keys of each), by the shape alone."""
-    most = 1 if packed_keys else triton.cdiv(sizes.key_rows, LEAST_KEYS)
-    splits = max(1, min(most, triton.cdiv(WANTED_PROGRAMS, programs)))
-    keys = block * triton.cdiv(triton.cdiv(sizes.key_rows, splits), block)
-    return (1, UNBOUNDED) if splits == 1 else (triton.cdiv(sizes.key_rows, keys), keys)
 
 
 def attention(
@@ -206,41 +41,43 @@ def attention(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(output, lse)."""
-    problem = _problem(
+    problem = problem_of(
         *(query, key, value, mask, query_starts, key_starts, key_lengths, block_table, alibi_slopes),
         *(scale, bottom_right, window_left, window_right, softcap, dropout_p, seed),
     )
-    sizes, inputs = problem.sizes, problem.inputs
-    output = _like(query, sizes.value_width)
+    sizes = problem.sizes
+    output = like(query, sizes.value_width)
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = common.empty((query.shape[1], query.shape[0]) if query_starts is not None else query.shape[:-1], query, wide)
     if lse.numel() == 0:
         return output, lse
     few = query_starts is None and sizes.query_rows * sizes.group <= 16
-    config = tuning.attention(problem.kernel("decode" if few else "forward"), sizes.width, sizes.value_width, query)
-    blocks = _blocks(problem, config)
+    kernel = problem.kernel("decode" if few else "forward")
+    config = tuning.attention(kernel, sizes.width, sizes.value_width, query)
+    blocks = blocks_of(problem, config)
     columns = triton.cdiv(sizes.value_width, blocks["VALUE_WIDTH"])
     entries, tiles, count = problem.tiles(query_starts, sizes.query_rows, sizes.group, config.rows)
-    splits, keys_of_split = _splits(
+    splits, keys_of_split = splits_of(
         sizes, key_starts is not None, tiles * count * problem.kv_heads * columns, config.keys
     )
     parts = None if splits == 1 else common.empty((splits, lse.numel(), sizes.value_width + 2), lse)
     sinks = None if sinks is None else sinks.contiguous()
     with common.on_device(query):
         grid = (tiles * problem.kv_heads * splits * count, columns)
-        flags = common.empty(grid, lse, torch.float32) if problem.hides else None
-        for careful in (False, True)[: 1 + problem.hides]:
+        walked, hides = problem.key_tiles(kernel, config, blocks)
+        flags = common.empty(grid, lse, torch.float32) if hides else None
+        for careful in (False, True)[: 1 + hides]:
             forward_kernel[grid](
-                *(inputs, sinks, _rows(output), lse, parts, flags, sizes, entries, tiles, splits, keys_of_split),
-                *problem.numbers,
+                *(problem.inputs if careful else walked, sinks, rows_in(output), lse, parts, flags),
+                *(problem.hidden_sizes, entries, tiles, splits, keys_of_split, *problem.numbers),
                 CAREFUL=careful,
                 **problem.form,
-                **(_blocks(problem, tuning.careful(config)) if careful else blocks),
+                **(blocks_of(problem, tuning.careful(config)) if careful else blocks),
             )
         if parts is not None:
             rows = max(1, min(64, 4096 // blocks["VALUE_WIDTH"]))
             merge_kernel[(triton.cdiv(sizes.statistics, rows), columns)](
-                *(parts, sinks, _rows(output), lse, sizes, entries.query_starts, splits),
+                *(parts, sinks, rows_in(output), lse, problem.hidden_sizes, entries.query_starts, splits),
                 PLAIN=problem.form["PLAIN"],
                 VALUE_WIDTH=blocks["VALUE_WIDTH"],
                 BLOCK_ROWS=rows,
@@ -289,13 +126,13 @@ def attention_backward(
     need_sinks: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(grad_query, grad_key, grad_value, grad_mask, grad_sinks); what is not needed has shape (0,)."""
-    problem = _problem(
+    problem = problem_of(
         *(query, key, value, mask, query_starts, key_starts, key_lengths, None, alibi_slopes),
         *(scale, bottom_right, window_left, window_right, softcap, dropout_p, seed),
     )
     additive = mask is not None and mask.dtype != torch.bool
     grad_query, grad_key, grad_value = (
-        _like(t, t.shape[-1]) if need else common.empty((0,), t)
+        like(t, t.shape[-1]) if need else common.empty((0,), t)
         for t, need in ((query, need_query), (key, need_key), (value, need_value))
     )
     grad_mask = common.empty((0,) if mask is None or not (need_mask and additive) else mask.shape, lse, _dtype(mask))
@@ -305,7 +142,7 @@ def attention_backward(
         for grad in grads:
             grad.zero_()
         return grads
-    saved = _saved(problem, _in_place(grad_output), _in_place(output), lse.contiguous(), grad_lse)
+    saved = _saved(problem, in_place(grad_output), in_place(output), lse.contiguous(), grad_lse)
     with common.on_device(query):
         if need_query:
             _grad_query(problem, saved, grad_query)
@@ -315,7 +152,7 @@ def attention_backward(
             _grad_mask(problem, saved, mask, grad_mask)
         if sinks is not None and grad_sinks.numel():
             sinks_kernel[(problem.sizes.heads,)](
-                *(sinks.contiguous(), saved.lse, saved.delta, grad_sinks, problem.sizes),
+                *(sinks.contiguous(), saved.lse, saved.delta, grad_sinks, problem.hidden_sizes),
                 BLOCK=1024,
                 num_warps=4,
                 enable_fp_fusion=True,
@@ -333,14 +170,14 @@ def _saved(problem: Problem, grad_output: Tensor, output: Tensor, lse: Tensor, g
     rows = 2048 // width
     with common.on_device(lse):
         delta_kernel[(triton.cdiv(problem.sizes.statistics, rows),)](
-            *(_rows(grad_output), _rows(output), None if grad_lse is None else grad_lse.contiguous(), delta),
-            problem.sizes,
+            *(rows_in(grad_output), rows_in(output), None if grad_lse is None else grad_lse.contiguous(), delta),
+            problem.hidden_sizes,
             VALUE_WIDTH=width,
             BLOCK_ROWS=rows,
             num_warps=4,
             enable_fp_fusion=True,
         )
-    return Saved(_rows(grad_output), lse, delta)
+    return Saved(rows_in(grad_output), lse, delta)
 
 
 def _config(problem: Problem, kernel: str) -> tuple[tuning.AttentionConfig, dict[str, Any]]:
@@ -349,7 +186,7 @@ def _config(problem: Problem, kernel: str) -> tuple[tuning.AttentionConfig, dict
 
 
 def _backward_blocks(problem: Problem, config: tuning.AttentionConfig) -> dict[str, Any]:
-    blocks = _blocks(problem, config)
+    blocks = blocks_of(problem, config)
     return blocks | {"VALUES_WHOLE": problem.sizes.value_width <= blocks["VALUE_WIDTH"]}
 
 
@@ -358,10 +195,12 @@ def _grad_query(problem: Problem, saved: Saved, grad_query: Tensor) -> None:
     config, blocks = _config(problem, "rows")
     entries, tiles, count = problem.tiles(problem.entries.query_starts, sizes.query_rows, sizes.group, config.rows)
     grid = (tiles * problem.kv_heads * count, triton.cdiv(sizes.width, blocks["WIDTH"]))
-    flags = common.empty(grid, saved.lse, torch.float32) if problem.hides else None
-    for careful in (False, True)[: 1 + problem.hides]:
+    walked, hides = problem.key_tiles("rows", config, blocks)
+    flags = common.empty(grid, saved.lse, torch.float32) if hides else None
+    for careful in (False, True)[: 1 + hides]:
         rows_kernel[grid](
-            *(problem.inputs, *saved, _rows(grad_query), flags, sizes, entries, tiles, *problem.numbers),
+            *(problem.inputs if careful else walked, *saved, rows_in(grad_query), flags),
+            *(problem.hidden_sizes, entries, tiles, *problem.numbers),
             CAREFUL=careful,
             **problem.form,
             **(_backward_blocks(problem, tuning.careful(config)) if careful else blocks),
@@ -379,11 +218,13 @@ def _grad_key_and_value(problem: Problem, saved: Saved, grad_key: Tensor | None,
     grid = (tiles * problem.kv_heads * count, columns)
     if 0 in grid:
         return
-    flags = common.empty(grid, saved.lse, torch.float32) if problem.hides else None
-    for careful in (False, True)[: 1 + problem.hides]:
+    walked, grad_output, hides = problem.query_tiles("keys", config, blocks, saved.grad_output)
+    plain, by_tiles = (problem.inputs, *saved), (walked, *saved._replace(grad_output=grad_output))
+    flags = common.empty(grid, saved.lse, torch.float32) if hides else None
+    for careful in (False, True)[: 1 + hides]:
         keys_kernel[grid](
-            *(problem.inputs, *saved, _rows(grad_key), _rows(grad_value), flags, sizes, entries, tiles),
-            *problem.numbers,
+            *(*(plain if careful else by_tiles), rows_in(grad_key), rows_in(grad_value), flags, problem.hidden_sizes),
+            *(entries, tiles, *problem.numbers),
             CAREFUL=careful,
             **problem.form,
             **(_backward_blocks(problem, tuning.careful_rows(config)) if careful else blocks),
@@ -402,7 +243,8 @@ def _grad_mask(problem: Problem, saved: Saved, mask: Tensor, grad_mask: Tensor) 
     shares = max(1, min(steps, triton.cdiv(WANTED_PROGRAMS, tiles)))
     partial = common.empty((shares, mask.numel()), saved.lse)
     mask_kernel[(tiles, shares)](
-        *(problem.inputs, *saved, partial, sizes, problem.entries, shape, shares, *problem.numbers),
+        *(problem.inputs, *saved, partial, problem.hidden_sizes, problem.entries),
+        *(tuple(map(common.hidden, shape)), shares, *problem.numbers),
         **problem.form,
         **blocks,
     )

@@ -20,19 +20,23 @@ run, on every device.
 import triton
 import triton.language as tl
 
+from .attention_arguments import inputs_of, rows_of, sizes_of
 from .attention_tile import (
     combine,
     flag_of,
     heads_of_rows,
     is_finite,
     key_rows,
+    key_tile,
     keys_of_queries,
     keys_of_rows,
     load_rows,
+    load_tile,
     locate,
     product,
     queries_of_keys,
     query_rows,
+    query_tile,
     scores,
     slopes_of,
     statistics_rows,
@@ -42,10 +46,10 @@ from .attention_tile import (
     visible,
     weights_of,
 )
-from .common import keep_factor, scalar
+from .common import keep_factor, number, scalar
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def delta_kernel(
     grad_output,
     output,
@@ -56,6 +60,7 @@ def delta_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     ACC: tl.constexpr = delta.dtype.element_ty
+    grad_output, output, sizes = rows_of(grad_output), rows_of(output), sizes_of(sizes)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < sizes.statistics
     i, h = row % sizes.total_rows, row // sizes.total_rows % sizes.heads
@@ -122,7 +127,7 @@ def _gradients(
         return p, ds, ds, seen
 
 
-@triton.jit(do_not_specialize=["sizes", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def rows_kernel(
     inputs,
     grad_output,
@@ -153,6 +158,8 @@ def rows_kernel(
     STAGES: tl.constexpr,
 ):
     ACC: tl.constexpr = lse.dtype.element_ty
+    inputs, sizes = inputs_of(inputs), sizes_of(sizes)
+    grad_output, grad_query = rows_of(grad_output), rows_of(grad_query)
     pid = tl.program_id(0)
     tile, pid = tiles - 1 - pid % tiles, pid // tiles
     kv_head, entry = pid % (sizes.heads // sizes.group), pid // (sizes.heads // sizes.group)
@@ -166,10 +173,10 @@ def rows_kernel(
         begin, end, all_begin, all_end = keys_of_rows(sizes, first_row, queries, keys, offset, BLOCK_ROWS, BLOCK_KEYS)
         statistics = statistics_rows(sizes, entries, b, h, first_query, i)
         log, delta_i = _statistics(lse, delta, statistics, inside)
-        q_rows = query_rows(inputs.query, b, h, first_query, i)
-        grad_rows = query_rows(grad_output, b, h, first_query, i)
-        q = load_rows(inputs.query.data, q_rows, inside, 0, sizes.width, WIDTH, EVEN)
-        grad = load_rows(grad_output.data, grad_rows, inside, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
+        q_tile = query_tile(inputs.query, entries, sizes, b, kv_head, h, first_query, i, inside, first_row)
+        grad_tile = query_tile(grad_output, entries, sizes, b, kv_head, h, first_query, i, inside, first_row)
+        q = load_tile(q_tile, 0, sizes.width, WIDTH, EVEN)
+        grad = load_tile(grad_tile, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
         mask_rows = query_rows(inputs.mask, b, h, 0, i)[:, None]
         slope = slopes_of(sizes, entries, b, h, inside, ACC)
         numbers = (scalar(scale, ACC), scalar(softcap, ACC), unit_of(scale, PLAIN, ACC))
@@ -178,16 +185,10 @@ def rows_kernel(
         for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
             j = start + tl.arange(0, BLOCK_KEYS)
             there = j < keys
-            k_rows = key_rows(inputs.key, entries, sizes, b, kv_head, first_key, j)
-            v_rows = key_rows(inputs.value, entries, sizes, b, kv_head, first_key, j)
-            raw = product(
-                q, inputs.query.data, q_rows, inside, inputs.key.data, k_rows, there, sizes.width, WIDTH, WHOLE, EVEN,
-                ACC,
-            )  # fmt: skip
-            dp = product(
-                grad, grad_output.data, grad_rows, inside, inputs.value.data, v_rows, there, sizes.value_width,
-                VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC,
-            )  # fmt: skip
+            k_tile = key_tile(inputs.key, entries, sizes, b, kv_head, first_key, j, there, start)
+            v_tile = key_tile(inputs.value, entries, sizes, b, kv_head, first_key, j, there, start)
+            raw = product(q, q_tile, k_tile, sizes.width, WIDTH, WHOLE, EVEN, ACC)
+            dp = product(grad, grad_tile, v_tile, sizes.value_width, VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC)
             keep = raw
             if inputs.seed is not None:
                 keep = keep_factor(inputs.seed, statistics, start, threshold, keep_scale, BLOCK_ROWS, BLOCK_KEYS, ACC)
@@ -197,7 +198,7 @@ def rows_kernel(
                 raw, dp, i[:, None], j[None, :], within, at_edge, keys, offset, log[:, None], delta_i[:, None],
                 mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP, WINDOWED,
             )  # fmt: skip
-            k = load_rows(inputs.key.data, k_rows, there, column, sizes.width, WIDTH, EVEN)
+            k = load_tile(k_tile, column, sizes.width, WIDTH, EVEN)
             total = combine(ds, k, seen, total, ACC, CAREFUL)
         if flags is not None and not CAREFUL:
             tl.store(flag, tl.where(is_finite(total), 0.0, 1.0))
@@ -205,7 +206,7 @@ def rows_kernel(
         store_rows(grad_query.data, rows_out, inside, column, sizes.width, total * scalar(scale, ACC), WIDTH)
 
 
-@triton.jit(do_not_specialize=["sizes", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def keys_kernel(
     inputs,
     grad_output,
@@ -238,6 +239,8 @@ def keys_kernel(
 ):
     """grad_key or grad_value may be unwanted: Rows of None."""
     ACC: tl.constexpr = lse.dtype.element_ty
+    inputs, sizes, grad_output = inputs_of(inputs), sizes_of(sizes), rows_of(grad_output)
+    grad_key, grad_value = rows_of(grad_key), rows_of(grad_value)
     pid = tl.program_id(0)
     tile, pid = pid % tiles, pid // tiles
     kv_head, entry = pid % (sizes.heads // sizes.group), pid // (sizes.heads // sizes.group)
@@ -252,10 +255,10 @@ def keys_kernel(
         last = tl.minimum(first + BLOCK_KEYS, keys) - 1
         begin, end, all_begin, all_end = queries_of_keys(sizes, first, last, queries, offset)
         end = tl.where(first < keys, end, 0)  # keys behind the length: of no query
-        k_rows = key_rows(inputs.key, entries, sizes, b, kv_head, first_key, j)
-        v_rows = key_rows(inputs.value, entries, sizes, b, kv_head, first_key, j)
-        k = load_rows(inputs.key.data, k_rows, there, 0, sizes.width, WIDTH, EVEN)
-        v = load_rows(inputs.value.data, v_rows, there, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
+        k_tile = key_tile(inputs.key, entries, sizes, b, kv_head, first_key, j, there, first)
+        v_tile = key_tile(inputs.value, entries, sizes, b, kv_head, first_key, j, there, first)
+        k = load_tile(k_tile, 0, sizes.width, WIDTH, EVEN)
+        v = load_tile(v_tile, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
         numbers = (scalar(scale, ACC), scalar(softcap, ACC), unit_of(scale, PLAIN, ACC))
         column, value_column = tl.program_id(1) * WIDTH, tl.program_id(1) * VALUE_WIDTH
         dk = tl.zeros((BLOCK_KEYS, WIDTH), ACC)
@@ -264,16 +267,10 @@ def keys_kernel(
             i, h, inside = heads_of_rows(sizes, start + tl.arange(0, BLOCK_ROWS), queries, kv_head)
             statistics = statistics_rows(sizes, entries, b, h, first_query, i)
             log, delta_i = _statistics(lse, delta, statistics, inside)
-            q_rows = query_rows(inputs.query, b, h, first_query, i)
-            grad_rows = query_rows(grad_output, b, h, first_query, i)
-            raw = product(
-                k, inputs.key.data, k_rows, there, inputs.query.data, q_rows, inside, sizes.width, WIDTH, WHOLE, EVEN,
-                ACC,
-            )  # fmt: skip
-            dp = product(
-                v, inputs.value.data, v_rows, there, grad_output.data, grad_rows, inside, sizes.value_width,
-                VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC,
-            )  # fmt: skip
+            q_tile = query_tile(inputs.query, entries, sizes, b, kv_head, h, first_query, i, inside, start)
+            grad_tile = query_tile(grad_output, entries, sizes, b, kv_head, h, first_query, i, inside, start)
+            raw = product(k, k_tile, q_tile, sizes.width, WIDTH, WHOLE, EVEN, ACC)
+            dp = product(v, v_tile, grad_tile, sizes.value_width, VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC)
             keep = raw
             if inputs.seed is not None:
                 keep = tl.trans(
@@ -288,12 +285,10 @@ def keys_kernel(
                 mask_rows, slope, keep, inputs, sizes, entries, numbers, PLAIN, BOOLEAN, CAP, WINDOWED,
             )  # fmt: skip
             if grad_key.data is not None:
-                q = load_rows(inputs.query.data, q_rows, inside, column, sizes.width, WIDTH, EVEN)
+                q = load_tile(q_tile, column, sizes.width, WIDTH, EVEN)
                 dk = combine(ds, q, seen, dk, ACC, CAREFUL)
             if grad_value.data is not None:
-                grad = load_rows(
-                    grad_output.data, grad_rows, inside, value_column, sizes.value_width, VALUE_WIDTH, EVEN_VALUES
-                )
+                grad = load_tile(grad_tile, value_column, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
                 dv = combine(p, grad, seen, dv, ACC, CAREFUL)
         if flags is not None and not CAREFUL:
             tl.store(flag, tl.where(is_finite(dk) & is_finite(dv), 0.0, 1.0))
@@ -308,9 +303,10 @@ def keys_kernel(
             store_rows(grad_value.data, rows, behind, value_column, sizes.value_width, dv, VALUE_WIDTH)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def sinks_kernel(sinks, lse, delta, grad_sinks, sizes, BLOCK: tl.constexpr):
     ACC: tl.constexpr = lse.dtype.element_ty
+    sizes = sizes_of(sizes)
     h = tl.program_id(0)
     sink = tl.load(sinks + h).to(ACC)
     total = tl.zeros((BLOCK,), ACC)
@@ -323,7 +319,7 @@ def sinks_kernel(sinks, lse, delta, grad_sinks, sizes, BLOCK: tl.constexpr):
     tl.store(grad_sinks + h, tl.sum(total, 0).to(grad_sinks.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["sizes", "shape", "shares"])
+@triton.jit(do_not_specialize=["shares"])
 def mask_kernel(
     inputs,
     grad_output,
@@ -354,11 +350,13 @@ def mask_kernel(
 ):
     """partial [shares, *mask.shape]. shape: batches, heads, rows and keys of the mask, 1 where it is broadcast."""
     ACC: tl.constexpr = lse.dtype.element_ty
-    batches, heads, rows, keys_of_mask = shape
-    key_tiles, row_tiles = tl.cdiv(keys_of_mask, BLOCK_KEYS), tl.cdiv(rows, BLOCK_ROWS)
+    inputs, grad_output, sizes = inputs_of(inputs), rows_of(grad_output), sizes_of(sizes)
+    batches, heads = number(shape[0]).to(tl.int32), number(shape[1]).to(tl.int32)
+    rows, keys_of_mask = number(shape[2]).to(tl.int32), number(shape[3]).to(tl.int32)
+    key_blocks, row_blocks = tl.cdiv(keys_of_mask, BLOCK_KEYS), tl.cdiv(rows, BLOCK_ROWS)
     pid = tl.program_id(0)
-    key_tile, pid = pid % key_tiles, pid // key_tiles
-    row_tile, pid = pid % row_tiles, pid // row_tiles
+    key_block, pid = pid % key_blocks, pid // key_blocks
+    row_block, pid = pid % row_blocks, pid // row_blocks
     mask_head, mask_batch = pid % heads, pid // heads
     # What the mask was broadcast along, as one loop; this program's share of it.
     along_keys = tl.where(keys_of_mask == 1, tl.cdiv(sizes.key_rows, BLOCK_KEYS), 1)
@@ -374,7 +372,7 @@ def mask_kernel(
         row_step, rest = (rest % along_rows).to(tl.int32), rest // along_rows
         h = mask_head + (rest % along_heads).to(tl.int32)
         b = mask_batch + (rest // along_heads).to(tl.int32)
-        first_row, first_of_keys = (row_tile + row_step) * BLOCK_ROWS, (key_tile + key_step) * BLOCK_KEYS
+        first_row, first_of_keys = (row_block + row_step) * BLOCK_ROWS, (key_block + key_step) * BLOCK_KEYS
         queries, keys, _stored, first_query, first_key = locate(sizes, entries, b)
         offset = (keys - queries) * sizes.bottom_right
         last_row = tl.minimum(first_row + BLOCK_ROWS, queries) - 1
@@ -385,20 +383,15 @@ def mask_kernel(
             h_of_rows = h + tl.zeros_like(i)
             statistics = statistics_rows(sizes, entries, b, h_of_rows, first_query, i)
             log, delta_i = _statistics(lse, delta, statistics, inside)
-            q_rows = query_rows(inputs.query, b, h, first_query, i)
-            grad_rows = query_rows(grad_output, b, h, first_query, i)
-            k_rows = key_rows(inputs.key, entries, sizes, b, h // sizes.group, first_key, j)
-            v_rows = key_rows(inputs.value, entries, sizes, b, h // sizes.group, first_key, j)
-            q = load_rows(inputs.query.data, q_rows, inside, 0, sizes.width, WIDTH, EVEN)
-            grad = load_rows(grad_output.data, grad_rows, inside, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
-            raw = product(
-                q, inputs.query.data, q_rows, inside, inputs.key.data, k_rows, there, sizes.width, WIDTH, WHOLE, EVEN,
-                ACC,
-            )  # fmt: skip
-            dp = product(
-                grad, grad_output.data, grad_rows, inside, inputs.value.data, v_rows, there, sizes.value_width,
-                VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC,
-            )  # fmt: skip
+            kv_head = h // sizes.group
+            q_tile = query_tile(inputs.query, entries, sizes, b, kv_head, h, first_query, i, inside, 0)
+            grad_tile = query_tile(grad_output, entries, sizes, b, kv_head, h, first_query, i, inside, 0)
+            k_tile = key_tile(inputs.key, entries, sizes, b, kv_head, first_key, j, there, first_of_keys)
+            v_tile = key_tile(inputs.value, entries, sizes, b, kv_head, first_key, j, there, first_of_keys)
+            q = load_tile(q_tile, 0, sizes.width, WIDTH, EVEN)
+            grad = load_tile(grad_tile, 0, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
+            raw = product(q, q_tile, k_tile, sizes.width, WIDTH, WHOLE, EVEN, ACC)
+            dp = product(grad, grad_tile, v_tile, sizes.value_width, VALUE_WIDTH, VALUES_WHOLE, EVEN_VALUES, ACC)
             keep = raw
             if inputs.seed is not None:
                 keep = keep_factor(
@@ -412,8 +405,8 @@ def mask_kernel(
                 WINDOWED,
             )  # fmt: skip
             total += ds
-    i = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    j = key_tile * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    i = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    j = key_block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     if rows == 1:
         total = tl.where(i[:, None] == 0, tl.sum(total, 0)[None, :], 0.0)
     if keys_of_mask == 1:

@@ -13,18 +13,21 @@ merge      adds those up, always in the same order.
 import triton
 import triton.language as tl
 
+from .attention_arguments import inputs_of, rows_of, sizes_of
 from .attention_tile import (
     LN_2,
     combine,
     flag_of,
     heads_of_rows,
     is_finite,
-    key_rows,
+    key_tile,
     keys_of_rows,
     load_rows,
+    load_tile,
     locate,
     product,
     query_rows,
+    query_tile,
     scores,
     slopes_of,
     statistics_rows,
@@ -61,7 +64,8 @@ def _walk(
     ACC: tl.constexpr,
 ):
     """(m, sum of weights, sum of values) of the keys in `span`, m in the units of t times `unit` if PLAIN."""
-    i, inside, q_rows, mask_rows, dropout_rows, slope = rows
+    i, queries, mask_rows, dropout_rows, slope = rows
+    inside = queries.inside
     begin, end, all_begin, all_end = span
     b, kv_head, first_key, keys, offset, value_start = place
     scale, softcap, threshold, keep_scale = numbers
@@ -72,10 +76,8 @@ def _walk(
     for start in tl.range(begin, end, BLOCK_KEYS, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_KEYS)
         there = j < keys
-        k_rows = key_rows(inputs.key, entries, sizes, b, kv_head, first_key, j)
-        raw = product(
-            q, inputs.query.data, q_rows, inside, inputs.key.data, k_rows, there, sizes.width, WIDTH, WHOLE, EVEN, ACC
-        )
+        k = key_tile(inputs.key, entries, sizes, b, kv_head, first_key, j, there, start)
+        raw = product(q, queries, k, sizes.width, WIDTH, WHOLE, EVEN, ACC)
         within = inside[:, None] & there[None, :]
         t, _through = scores(
             raw, i[:, None], j[None, :], within, inputs.mask, mask_rows, entries.slopes, slope, offset, scale, softcap,
@@ -96,8 +98,8 @@ def _walk(
         mass = mass * shrink + tl.sum(p, 1)
         if inputs.seed is not None:
             p *= keep_factor(inputs.seed, dropout_rows, start, threshold, keep_scale, i.shape[0], BLOCK_KEYS, ACC)
-        v_rows = key_rows(inputs.value, entries, sizes, b, kv_head, first_key, j)
-        v = load_rows(inputs.value.data, v_rows, there, value_start, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
+        v_tile = key_tile(inputs.value, entries, sizes, b, kv_head, first_key, j, there, start)
+        v = load_tile(v_tile, value_start, sizes.value_width, VALUE_WIDTH, EVEN_VALUES)
         total = combine(p, v, t != float("-inf"), total * shrink[:, None], ACC, CAREFUL)
         m = new_m
     return m, mass, total
@@ -122,7 +124,7 @@ def _finish(m, mass, total, sinks, h, real, unit, ACC: tl.constexpr):
     return tl.where(nothing[:, None], 0.0, total / mass[:, None]), tl.where(nothing, float("-inf"), lse)
 
 
-@triton.jit(do_not_specialize=["sizes", "tiles", "splits", "keys_of_split"])
+@triton.jit(do_not_specialize=["tiles", "splits", "keys_of_split"])
 def forward_kernel(
     inputs,
     sinks,
@@ -159,6 +161,7 @@ def forward_kernel(
     kernel does those again.
     """
     ACC: tl.constexpr = lse.dtype.element_ty
+    inputs, sizes, output = inputs_of(inputs), sizes_of(sizes), rows_of(output)
     pid = tl.program_id(0)
     tile, pid = tiles - 1 - pid % tiles, pid // tiles  # the last tiles see most keys where it is causal
     kv_head, pid = pid % (sizes.heads // sizes.group), pid // (sizes.heads // sizes.group)
@@ -174,12 +177,12 @@ def forward_kernel(
         begin = tl.maximum(begin, split * keys_of_split)
         end = tl.minimum(end, (split + 1) * keys_of_split)
         statistics = statistics_rows(sizes, entries, b, h, first_query, i)
-        q_rows = query_rows(inputs.query, b, h, first_query, i)
-        q = load_rows(inputs.query.data, q_rows, inside, 0, sizes.width, WIDTH, EVEN)
+        tile_of_queries = query_tile(inputs.query, entries, sizes, b, kv_head, h, first_query, i, inside, first_row)
+        q = load_tile(tile_of_queries, 0, sizes.width, WIDTH, EVEN)
         mask_rows = query_rows(inputs.mask, b, h, 0, i)[:, None]
         slope = slopes_of(sizes, entries, b, h, inside, ACC)
         value_start = tl.program_id(1) * VALUE_WIDTH
-        rows = (i, inside, q_rows, mask_rows, statistics, slope)
+        rows = (i, tile_of_queries, mask_rows, statistics, slope)
         span = (begin, end, all_begin, all_end)
         place = (b, kv_head, first_key, keys, offset, value_start)
         numbers = (scalar(scale, ACC), scalar(softcap, ACC), threshold, keep_scale)
@@ -205,7 +208,7 @@ def forward_kernel(
                 tl.store(parts + at + sizes.value_width + 1, mass, mask=inside)
 
 
-@triton.jit(do_not_specialize=["sizes", "splits"])
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     parts,
     sinks,
@@ -219,6 +222,7 @@ def merge_kernel(
     BLOCK_ROWS: tl.constexpr,
 ):
     ACC: tl.constexpr = lse.dtype.element_ty
+    sizes, output = sizes_of(sizes), rows_of(output)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     value_start = tl.program_id(1) * VALUE_WIDTH
     inside = row < sizes.statistics

@@ -21,73 +21,14 @@ rows that see it. (In one kernel the second way takes registers from the first.)
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # (the parameters of device functions have no Python types)
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .common import LOG2_E, scalar, tanh
 
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-# ---- arguments of the kernels ----------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """[batch, heads, rows, width], or packed [rows, heads, width] with batch = 0; or pages, batch apart."""
-
-    data: Tensor | None
-    batch: int = 0  # strides in elements; the last is 1
-    head: int = 0
-    row: int = 0
-
-
-class Mask(NamedTuple):
-    data: Tensor | None  # bool as uint8
-    batch: int = 0  # strides in elements, 0 along a broadcast dim
-    head: int = 0
-    row: int = 0
-    key: int = 0
-
-
-class Inputs(NamedTuple):
-    query: Rows
-    key: Rows
-    value: Rows
-    mask: Mask
-    seed: Tensor | None  # None without dropout
-
-
-class Sizes(NamedTuple):
-    batch: int
-    heads: int
-    group: int  # query heads of a kv head
-    query_rows: int  # of an entry; if packed all of them
-    key_rows: int
-    total_rows: int  # rows of one head in the lse
-    width: int
-    value_width: int
-    bottom_right: int
-    window_left: int  # unbounded: 2^31 - 1
-    window_right: int
-    max_pages: int
-    page_size: int
-    num_pages: int
-    statistics: int  # elements of the lse
-
-
-class Entries(NamedTuple):
-    """What is read on the device: nobody waits for it to know lengths."""
-
-    query_starts: Tensor | None
-    key_starts: Tensor | None
-    key_lengths: Tensor | None
-    pages: Tensor | None
-    slopes: Tensor | None
-    slopes_batch: int  # stride
-    tiles: Tensor | None  # packed: [2, tiles], the entry of each tile and its first row
 
 
 # ---- where a tile is -------------------------------------------------------------------------------------------------
@@ -181,12 +122,18 @@ def queries_of_keys(sizes, first, last, queries, offset):
 
 
 @triton.jit
+def page_of(entries, sizes, b, j):
+    """The pages of keys j."""
+    slot = tl.minimum(j // sizes.page_size, sizes.max_pages - 1)
+    page = tl.load(entries.pages + b.to(tl.int64) * sizes.max_pages + slot)
+    return tl.minimum(tl.maximum(page, 0), sizes.num_pages - 1).to(tl.int32)
+
+
+@triton.jit
 def key_rows(tensor, entries, sizes, b, head, first, j):
     """Offsets [keys] of the rows of keys j; j may be any number behind the end, for a masked load."""
     if entries.pages is not None:
-        slot = tl.minimum(j // sizes.page_size, sizes.max_pages - 1)
-        page = tl.load(entries.pages + b.to(tl.int64) * sizes.max_pages + slot)
-        page = tl.minimum(tl.maximum(page, 0), sizes.num_pages - 1)
+        page = page_of(entries, sizes, b, j)
         return page.to(tl.int64) * tensor.batch + head * tensor.head + (j % sizes.page_size).to(tl.int64) * tensor.row
     else:
         return b.to(tl.int64) * tensor.batch + head * tensor.head + (first + j).to(tl.int64) * tensor.row
@@ -221,6 +168,48 @@ def slopes_of(sizes, entries, b, h, inside, ACC: tl.constexpr):
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+class Tile(NamedTuple):
+    """Rows of a tensor [.., width] that a kernel reads by blocks of columns."""
+
+    data: Any
+    rows: Any  # [n] offsets
+    inside: Any  # [n] which of them exist: the others are 0
+    block: Any  # a descriptor or None: with one, what exists in memory behind the last is read instead of 0
+    first: Any  # where in the descriptor's three outer dims
+
+
+@triton.jit
+def query_tile(tensor, entries, sizes, b, kv_head, h, first, i, inside, start):
+    """Queries i of heads h. start: the first row of the tile, of those that share a kv head."""
+    where = (0, 0, 0)
+    if tensor.block is not None:
+        entry = 0 if entries.query_starts is not None else b
+        where = (entry, first + start // sizes.group, kv_head * sizes.group)
+    return Tile(tensor.data, query_rows(tensor, b, h, first, i), inside, tensor.block, where)
+
+
+@triton.jit
+def key_tile(tensor, entries, sizes, b, head, first, j, there, start):
+    """Keys j = start, start + 1, ... of a kv head. A tile of a descriptor lies within a page."""
+    where = (0, 0, 0)
+    if tensor.block is not None:
+        if entries.pages is not None:
+            where = (page_of(entries, sizes, b, start), head, start % sizes.page_size)
+        else:
+            where = (0 if entries.key_starts is not None else b, head, first + start)
+    return Tile(tensor.data, key_rows(tensor, entries, sizes, b, head, first, j), there, tensor.block, where)
+
+
+@triton.jit
+def load_tile(tile, start, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """[rows, WIDTH]: columns start .. start + WIDTH, 0 outside. EVEN: every block is full."""
+    if tile.block is not None:
+        x, y, z = tile.first
+        return tl.reshape(tile.block.load([x, y, z, start]), (tile.rows.shape[0], WIDTH))
+    else:
+        return load_rows(tile.data, tile.rows, tile.inside, start, width, WIDTH, EVEN)
+
+
 @triton.jit
 def load_rows(data, rows, inside, start, width, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     """[rows, WIDTH]: columns start .. start + WIDTH, 0 outside. EVEN: every block is full."""
@@ -243,29 +232,16 @@ def store_rows(data, rows, inside, start, width, values, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def product(
-    a,
-    a_data,
-    a_rows,
-    a_inside,
-    b_data,
-    b_rows,
-    b_inside,
-    width,
-    WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
-    EVEN: tl.constexpr,
-    ACC: tl.constexpr,
-):
+def product(a, a_tile, b_tile, width, WIDTH: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr):
     """[rows of a, rows of b]: a_i . b_j. `a` holds whole rows of a; where those are too wide it is loaded by blocks."""
     if WHOLE:
-        b = load_rows(b_data, b_rows, b_inside, 0, width, WIDTH, EVEN)
+        b = load_tile(b_tile, 0, width, WIDTH, EVEN)
         return tl.dot(a, tl.trans(b), input_precision="ieee", out_dtype=ACC)
     else:
-        total = tl.zeros((a_rows.shape[0], b_rows.shape[0]), ACC)
+        total = tl.zeros((a_tile.rows.shape[0], b_tile.rows.shape[0]), ACC)
         for start in range(0, width, WIDTH):
-            one = load_rows(a_data, a_rows, a_inside, start, width, WIDTH, EVEN)
-            b = load_rows(b_data, b_rows, b_inside, start, width, WIDTH, EVEN)
+            one = load_tile(a_tile, start, width, WIDTH, EVEN)
+            b = load_tile(b_tile, start, width, WIDTH, EVEN)
             total = tl.dot(one, tl.trans(b), total, input_precision="ieee", out_dtype=ACC)
         return total
 

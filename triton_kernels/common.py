@@ -15,6 +15,8 @@ from .tuning import Config
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+_HIDDEN = tl.constexpr(2**62 + 1)
+
 # ---- device code -----------------------------------------------------------------------------------------------------
 
 
@@ -22,6 +24,21 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 def scalar(value, ACC: tl.constexpr):
     # A float argument is fp64 when compiled and a Python float in the interpreter; the product is fp64 in both.
     return (tl.full((), 1.0, tl.float64) * value).to(ACC)
+
+
+@triton.jit
+def number(hidden_one):
+    """What the launcher passed as `hidden`, an int64."""
+    return (hidden_one - _HIDDEN) >> 1
+
+
+@triton.jit
+def stride_of(hidden_one, loose):
+    """One of hidden_strides(), whose last number is `loose`."""
+    if loose is None:
+        return number(hidden_one) * 16
+    else:
+        return number(hidden_one)
 
 
 @triton.jit
@@ -82,6 +99,22 @@ def _halves(word, bound):
 
 
 # ---- launching -------------------------------------------------------------------------------------------------------
+
+
+def hidden(value: int) -> int:
+    """A number inside a tuple of arguments, in a form that tells Triton nothing: odd, large, and 64 bits wide.
+
+    Triton compiles a kernel anew where a number inside a tuple is 1, where it is a multiple of 16, and where it takes
+    64 bits, whatever do_not_specialize says. The kernel takes the `number` out again.
+    """
+    return 2 * value + _HIDDEN.value
+
+
+def hidden_strides(*strides: int) -> tuple[Any, ...]:
+    """The strides, hidden, and None if all are multiples of 16 elements and given in sixteens, which lets a kernel
+    load 16 bytes at once; else 1."""
+    aligned = all(stride % 16 == 0 for stride in strides)
+    return (*(hidden(stride // 16 if aligned else stride) for stride in strides), None if aligned else 1)
 
 
 def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -178,6 +178,14 @@ def _rows(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Ten
     return torch.where((target != ignore_index)[:, None], x, 0.0), target
 
 
+def _keeps_nothing(keep: int) -> None:
+    if keep:
+        raise RuntimeError(
+            f"handtuned.linear_cross_entropy: keep is {keep}, the limit of the Triton kernels is 0, they make the "
+            "logits again; pass 0"
+        )
+
+
 def _chunks(rows: int, classes: int) -> list[slice]:
     step = max(16, CHUNK // classes)
     return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
@@ -194,13 +202,15 @@ def linear_cross_entropy(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats)."""
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, stats, kept [rows, 0])."""
+    _keeps_nothing(keep)
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     x, t = _rows(input, target, ignore_index)
     rows, classes = t.numel(), linear_weight.shape[0]
     loss, own = common.empty((rows,), input, wide), common.empty((rows,), input, wide)
-    stats = common.empty((2, rows), input, wide)
+    stats, kept = common.empty((2, rows), input, wide), common.empty((rows, 0), input)
     bias, of_class = (None if v is None else v.contiguous() for v in (linear_bias, weight))
     with common.on_device(input):
         for chunk in _chunks(rows, classes):
@@ -215,8 +225,8 @@ def linear_cross_entropy(
                 enable_fp_fusion=True,
             )
     if reduction == NONE:
-        return loss.view(target.shape), stats
-    return loss.sum() / own.sum() if reduction == MEAN else loss.sum(), stats
+        return loss.view(target.shape), stats, kept
+    return loss.sum() / own.sum() if reduction == MEAN else loss.sum(), stats, kept
 
 
 def linear_cross_entropy_backward(
@@ -227,6 +237,7 @@ def linear_cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     stats: Tensor,
+    kept: Tensor,
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
@@ -237,6 +248,7 @@ def linear_cross_entropy_backward(
     need_linear_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(grad_input, grad_linear_weight, grad_linear_bias); what is not needed has shape (0,)."""
+    _keeps_nothing(kept.shape[1])
     x, t = _rows(input, target, ignore_index)
     rows, (classes, features) = t.numel(), linear_weight.shape
     grad = grad_loss.reshape(-1).expand(rows) if reduction else grad_loss.reshape(rows)

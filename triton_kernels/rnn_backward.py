@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .common import keep_factor
 from .rnn_cells import bend, bend_slope, gru_slopes, lstm_slopes
-from .rnn_tile import addresses, drawn_rows, peephole, product, put, rows_at, share_of
+from .rnn_tile import addresses, drawn_rows, peephole, product, put, rows_at, share_of, sizes_of
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def _asked_for(
     return dh, past
 
 
-@triton.jit(do_not_specialize=["sizes", "first", "count"])
+@triton.jit(do_not_specialize=["first", "count"])
 def backward_kernel(
     call,
     sizes,
@@ -167,6 +167,7 @@ def backward_kernel(
 ):
     """Steps first, first - 1, ... count of them. Step -1 is no step: it leaves the gradient of the first h."""
     ACC: tl.constexpr = call.grads.h.dtype.element_ty
+    sizes = sizes_of(sizes)
     b = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1)
     width = widths.hidden if PART == "cell" else widths.width
@@ -209,7 +210,7 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def before_kernel(
     saved,
     first,
@@ -226,6 +227,7 @@ def before_kernel(
 ):
     """target [rows, D, width]: saved of the step before each, or first; 0 in rows without a step. A program a step."""
     ACC: tl.constexpr = saved.dtype.element_ty
+    sizes = sizes_of(sizes)
     s = tl.program_id(0)
     b = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(2)

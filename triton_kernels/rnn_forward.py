@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .common import keep_factor
 from .rnn_cells import bend, sigmoid
-from .rnn_tile import addresses, drawn_rows, keep, peephole, product, put, rows_at, share_of
+from .rnn_tile import addresses, drawn_rows, keep, peephole, product, put, rows_at, share_of, sizes_of
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _gru(
     return (1.0 - z) * n + z * h
 
 
-@triton.jit(do_not_specialize=["sizes", "first", "count"])
+@triton.jit(do_not_specialize=["first", "count"])
 def forward_kernel(
     call,
     sizes,
@@ -118,6 +118,7 @@ def forward_kernel(
 ):
     """Steps first .. first + count of the units from program_id(2) * units on, as many."""
     ACC: tl.constexpr = call.state.h.dtype.element_ty
+    sizes = sizes_of(sizes)
     b = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1)
     width = widths.width if PART == "state" else widths.hidden

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from handtuned.ops.cells import CELLS, RATES, Cell
 from handtuned.ops.rnn import packed_bytes
@@ -18,6 +19,7 @@ HEADER_BYTES = 64
 ALIGNMENT = 16  # bytes, of each tensor in `packed`
 Rates = list[float] | None
 DROPOUT, RECURRENT_DROPOUT, WEIGHT_DROPOUT = 0, 3, 4  # kinds of masks
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weights that are known to be of these kernels
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -42,11 +44,7 @@ def weight_shapes(
 
 
 def views_of(packed: Tensor, dtype: torch.dtype, shapes: list[list[tuple[int, ...]]], cell: Cell) -> list[Weights]:
-    if packed.device.type == "cpu" and bool(packed[:HEADER_BYTES].any()):
-        raise RuntimeError(
-            "handtuned.rnn: packed is of the CPU kernels, the Triton kernels have an order of their own; pack under "
-            "handtuned.backend('triton')"
-        )
+    _check_origin(packed)
     offset, found = HEADER_BYTES, []
     for layer in shapes:
         tensors: list[Tensor] = []
@@ -60,6 +58,19 @@ def views_of(packed: Tensor, dtype: torch.dtype, shapes: list[list[tuple[int, ..
     return found
 
 
+def _check_origin(packed: Tensor) -> None:
+    """Weights that rnn_pack did not make here (moved from elsewhere, loaded) are looked at once, which waits for them.
+    Its header is of zeros, those of other kernels are not."""
+    if packed in _known:
+        return
+    if bool(packed[:HEADER_BYTES].any()):
+        raise RuntimeError(
+            "handtuned.rnn: packed is of the CPU kernels, the Triton kernels have an order of their own; pack on "
+            f"{packed.device}, on the CPU under handtuned.backend('triton')"
+        )
+    _known[packed] = True
+
+
 def rnn_pack(
     weights: list[Tensor], mode: str, bidirectional: bool, bias: bool, weight_dropout: float, seed: Tensor | None
 ) -> Tensor:
@@ -68,6 +79,7 @@ def rnn_pack(
     each, directions = cell.weights(bias, width != hidden), 1 + bidirectional
     layers = len(weights) // each // directions
     packed = first.new_zeros(packed_bytes(weights, mode, bidirectional, bias), dtype=torch.uint8)
+    _known[packed] = True
     shapes = weight_shapes(cell, first.shape[1], hidden, width, layers, directions)
     for layer, views in enumerate(views_of(packed, first.dtype, shapes, cell)):
         there = [t for t in (views.w_ih, views.w_hh, views.w_hr, views.peepholes) if t is not None]
@@ -132,7 +144,8 @@ class Plan:
         return self.cell.kept(self.rates["zoneout"])
 
     def sizes(self, layer: int) -> Sizes:
-        return Sizes(self.steps, self.batch, self.rows, self.directions, layer * self.directions)
+        changing = (self.steps, self.batch, self.rows, layer * self.directions)
+        return Sizes(*map(common.hidden, changing), self.directions)
 
     @property
     def widths(self) -> Widths:
@@ -167,7 +180,8 @@ class Plan:
         if tensor is None:
             return Rows(None)
         tensor = tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-        return Rows(tensor, 0 if tensor.dim() == 2 else tensor.stride(0), tensor.stride(-2))
+        step = 0 if tensor.dim() == 2 else tensor.stride(0)
+        return Rows(tensor, *common.hidden_strides(step, tensor.stride(-2)))
 
     def first(self, state: Tensor | None, layer: int, width: int) -> Tensor:
         """A layer's first states, wide and contiguous."""

@@ -29,21 +29,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import keep_factor, scalar
+from .common import keep_factor, number, scalar, stride_of
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 class Sizes(NamedTuple):
-    steps: int
+    steps: int  # all but the last are `hidden` (common.py) until a kernel takes sizes_of them
     batch: int
     rows: int  # T * B, or those of a packed input
-    directions: int
     stacked: int  # directions of the layers below
+    directions: int
 
 
 class Widths(NamedTuple):
-    """Apart from the other sizes, because the compiler may know that they are multiples of 16."""
+    """What a model fixes: the compiler may know that they are multiples of 16."""
 
     hidden: int
     width: int  # of h: hidden, or less with a projection
@@ -69,8 +69,9 @@ class Rows(NamedTuple):
     """Row b of step t is at t * step + b * row, or number among the packed rows * row; columns are together."""
 
     data: Tensor | None
-    step: int = 0
+    step: int = 0  # hidden_strides()
     row: int = 0
+    loose: int | None = None
 
 
 class State(NamedTuple):
@@ -131,6 +132,17 @@ class Backward(NamedTuple):
 
 
 @triton.jit
+def sizes_of(sizes):
+    return Sizes(
+        number(sizes.steps).to(tl.int32),
+        number(sizes.batch).to(tl.int32),
+        number(sizes.rows),
+        number(sizes.stacked).to(tl.int32),
+        sizes.directions,
+    )
+
+
+@triton.jit
 def rows_at(places, sizes, d, s, b):
     """Of step s of direction d: (time, rows [b], which of them have a step there)."""
     t = tl.where(d == 0, s, sizes.steps - 1 - s)
@@ -147,9 +159,10 @@ def rows_at(places, sizes, d, s, b):
 @triton.jit
 def addresses(rows, places, t, b, row):
     if places.starts is not None:
-        return row * rows.row
+        return row * stride_of(rows.row, rows.loose)
     else:
-        return t.to(tl.int64) * rows.step + b.to(tl.int64) * rows.row
+        step, of_row = stride_of(rows.step, rows.loose), stride_of(rows.row, rows.loose)
+        return t.to(tl.int64) * step + b.to(tl.int64) * of_row
 
 
 @triton.jit

@@ -100,6 +100,7 @@ class AttentionConfig(NamedTuple):
     warps: int
     stages: int
     widest: int  # block of a row; wider rows go block by block
+    descriptors: int = 0  # 1: what a kernel walks over comes through tensor descriptors, where they can be had
 
 
 def attention(kernel: str, width: int, value_width: int, query: torch.Tensor) -> AttentionConfig:

@@ -10,9 +10,11 @@
 //
 // Forward: classes are gone through in chunks, whose W is packed and multiplied with all rows by linear_product.h; as
 // each row of a group of panels is finished, its maximum (top) and its sum of e^(z - top) are all that is kept. After a
-// chunk the groups are merged into the row's running ones.
-// Backward: chunk of classes by chunk of rows dz is made anew from the product and the two, and goes into the products
-// for dx (which adds up over chunks of classes) and dW (over chunks of rows) while it is in the cache.
+// chunk the groups are merged into the row's running ones. Of the first `keep` classes the e^(z - top of the group) are
+// kept as well, rounded; once the row's top and sum are known, they become its probabilities.
+// Backward: chunk of classes by chunk of rows dz is made from the probabilities, or anew from the product and the two
+// numbers, and goes into the products for dx (which adds up over chunks of classes) and dW (over chunks of rows) while
+// it is in the cache.
 #pragma once
 #include "../cross_entropy.h"
 
@@ -95,9 +97,10 @@ struct Partials {
   A *top, *sum, *weighted;  // each [groups][rows]
 };
 
+// The first `keep` exponentials go to kept.
 template <class T>
 void reduce_logits(const CrossEntropyForward& p, int64_t v, int64_t n, Accumulate<T>* z, Partials<Accumulate<T>> to,
-                   int64_t at) {
+                   int64_t at, T* kept, int64_t keep) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
   constexpr A infinity = __builtin_inf();
@@ -116,9 +119,12 @@ void reduce_logits(const CrossEntropyForward& p, int64_t v, int64_t n, Accumulat
   A largest = -infinity;
   for (int i = 0; i < L; ++i) largest = larger(top[i], largest);
   vec<A> sum[4] = {};
-  exponentials(z, n, largest > -infinity ? largest : A(0), [&](vec<A>(&part)[4], int64_t) HT_LAMBDA {
+  exponentials(z, n, largest > -infinity ? largest : A(0), [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) sum[j] += part[j];
+    for (int j = 0; j < 4; ++j) {
+      sum[j] += part[j];
+      if (const int64_t left = keep - i - j * L; left > 0) store_first(kept + i + j * L, part[j], left);
+    }
   });
   to.top[at] = largest;
   to.sum[at] = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -146,6 +152,26 @@ void merge_partials(int64_t rows, int64_t groups, Partials<A> from, Partials<A> 
   }
 }
 
+// The exponentials that were kept, of groups with tops of their own, become probabilities.
+template <class T>
+void normalise_kept(const CrossEntropyForward& p, Partials<Accumulate<T>> found) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  parallel_pieces(p.rows, p.rows * p.keep < 1 << 15, [&](int64_t r) {
+    const A* tops = static_cast<const A*>(p.tops) + r;
+    for (int64_t v = 0; v < p.keep; v += p.chunk, tops += linear_panels(p.chunk) * p.rows) {
+      const int64_t classes = least(p.chunk, p.classes - v), width = ProductCut(p.rows, classes).panels * kLinearPanel;
+      for (int64_t c = 0; c < classes && v + c < p.keep; c += width) {
+        // p[v] = e^(z - top of group) e^(top of group - top) / sum
+        const vec<A> factor = exponential(broadcast(tops[c / width * p.rows] - found.top[r])) / found.sum[r];
+        T* row = static_cast<T*>(p.kept) + p.chosen[r] * p.keep + v + c;
+        const int64_t n = least(least(width, classes - c), p.keep - v - c);
+        for (int64_t i = 0; i < n; i += L) store_first(row + i, load_first(row + i, n - i) * factor, n - i);
+      }
+    }
+  });
+}
+
 // Losses from the rows' statistics, and their mean or sum.
 template <class T>
 void finish_losses(const CrossEntropyForward& p, Partials<Accumulate<T>> found, const Accumulate<T>* at_target) {
@@ -170,22 +196,27 @@ void cross_entropy_forward_in(const CrossEntropyForward& p) {
   const int64_t rows = p.rows, panels = linear_panels(p.chunk);
   A *running = static_cast<A*>(p.running), *partials = static_cast<A*>(p.partials), *at_target = running + 3 * rows;
   const Partials<A> total{running, running + rows, running + 2 * rows};
-  const Partials<A> of_groups{partials, partials + panels * rows, partials + 2 * panels * rows};
+  Partials<A> of_groups{partials, partials + panels * rows, partials + 2 * panels * rows};
   for (int64_t r = 0; r < rows; ++r) total.top[r] = -__builtin_inf(), total.sum[r] = 0, total.weighted[r] = 0;
   gather<T>(p);
   const StridedRows x = rows_of(p.gathered, p.in);
   for (int64_t v = 0; v < p.classes && rows > 0; v += p.chunk) {
     const int64_t classes = least(p.chunk, p.classes - v);
     const ProductCut cut(rows, classes);
+    if (v < p.keep) of_groups.top = static_cast<A*>(p.tops) + v / p.chunk * panels * rows;
     linear_pack_in<T>(chunk_of<T>(p, v, classes));
     product_of<T>(rows, classes, p.in, p.packed_classes, LeftRows<T>{x, p.in}, {},
                   [&](int64_t r, int64_t c, int64_t n, A* z) {
-                    reduce_logits<T>(p, v + c, n, z, of_groups, c / (cut.panels * kLinearPanel) * rows + r);
+                    T* kept = nullptr;
+                    if (v + c < p.keep) kept = static_cast<T*>(p.kept) + p.chosen[r] * p.keep + v + c;
+                    const int64_t at = c / (cut.panels * kLinearPanel) * rows + r;
+                    reduce_logits<T>(p, v + c, n, z, of_groups, at, kept, least(n, p.keep - v - c));
                     const int64_t t = p.target[r] - v - c;
                     if (0 <= t && t < n) at_target[r] = z[t];
                   });
     merge_partials<A>(rows, cut.groups, of_groups, total, p.label_smoothing > 0);
   }
+  normalise_kept<T>(p, total);
   finish_losses<T>(p, total, at_target);
 }
 
@@ -194,7 +225,7 @@ void cross_entropy_forward_in(const CrossEntropyForward& p) {
 // The factors of dz that depend on a row alone.
 template <class A>
 struct RowFactors {
-  A top, of_exponential, at_target, of_weights;
+  A top, of_exponential, of_probability, at_target, of_weights;
 };
 
 template <class T>
@@ -208,24 +239,17 @@ void find_factors(const CrossEntropyBackward& p) {
     const double own = (1 - s) * class_weight<T>(p, p.target[r]);
     const A top = static_cast<const A*>(p.top)[p.chosen[r]];
     const double sum = static_cast<const A*>(p.sum)[p.chosen[r]], lse = top + logarithm(sum);
-    static_cast<RowFactors<A>*>(p.factors)[r] = {top, A(g * (own + each * all + 2 * p.z_loss * lse) / sum), A(g * own),
-                                                 A(g * each)};
+    const double of_p = g * (own + each * all + 2 * p.z_loss * lse);
+    static_cast<RowFactors<A>*>(p.factors)[r] = {top, A(of_p / sum), A(of_p), A(g * own), A(g * each)};
   }
 }
 
-// Columns v to v + n of row r of dz, from the product's sums, to dz.
+// Columns v to v + n of a row of dz from grad, their g (..) p: the other terms and cap'.
 template <class T>
-void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<T>>& f, int64_t v, int64_t n,
-                     int64_t target, Accumulate<T>* z, GradLogit<T>* dz) {
+void finish_grad_logits(const CrossEntropyBackward& p, const RowFactors<Accumulate<T>>& f, int64_t v, int64_t n,
+                        int64_t target, const Accumulate<T>* z, Accumulate<T>* grad, GradLogit<T>* dz) {
   using A = Accumulate<T>;
   constexpr int L = kLanes<A>;
-  finish_logits<T>(p, v, n, z);
-  alignas(64) A grad[kMostColumns];
-  exponentials(z, n, f.top, [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
-  // dz = g (..) e^(z - top) / sum - g s / V w
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(grad + i + j * L, f.of_exponential * part[j]);
-  });
   if (f.of_weights != 0) {
     for (int64_t i = 0; i < n; i += L) {
       const vec<A> w = p.class_weight ? load_first(static_cast<const T*>(p.class_weight) + v + i, n - i) : vec<A>{} + 1;
@@ -241,6 +265,33 @@ void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<
     }
   }
   for (int64_t i = 0; i < n; i += L) store_first(dz + i, load(grad + i), n - i);
+}
+
+// The same from the product's sums.
+template <class T>
+void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<T>>& f, int64_t v, int64_t n,
+                     int64_t target, Accumulate<T>* z, GradLogit<T>* dz) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  finish_logits<T>(p, v, n, z);
+  alignas(64) A grad[kMostColumns];
+  exponentials(z, n, f.top, [&](vec<A>(&part)[4], int64_t i) HT_LAMBDA {
+  // g (..) e^(z - top) / sum
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(grad + i + j * L, f.of_exponential * part[j]);
+  });
+  finish_grad_logits<T>(p, f, v, n, target, z, grad, dz);
+}
+
+// The same from probabilities that the forward kept; there is no softcap then.
+template <class T>
+void grad_logits_row(const CrossEntropyBackward& p, const RowFactors<Accumulate<T>>& f, int64_t v, int64_t n,
+                     int64_t target, const T* probability, GradLogit<T>* dz) {
+  using A = Accumulate<T>;
+  constexpr int L = kLanes<A>;
+  alignas(64) A grad[kMostColumns];
+  for (int64_t i = 0; i < n; i += L) store(grad + i, f.of_probability * load_first(probability + i, n - i));
+  finish_grad_logits<T>(p, f, v, n, target, nullptr, grad, dz);
 }
 
 // bias_sums += the columns' sums of dz [rows][pitch].
@@ -284,12 +335,23 @@ struct EntropyGradients {
 
   T* packed_input(int64_t r) const { return static_cast<T*>(p.packed_input) + r / kEntropyRows * packed_rows; }
 
+  bool kept(int64_t v, int64_t classes) const { return v + classes <= p.keep; }
+
   // dz of rows r .. r + n and classes v .. v + classes.
   void make_grad_logits(int64_t r, int64_t n, int64_t v, int64_t classes) const {
+    const auto* factors = static_cast<const RowFactors<A>*>(p.factors) + r;
+    if (kept(v, classes)) {
+      parallel_pieces(n, n * classes < 1 << 15, [&](int64_t i) {
+        const T* row = static_cast<const T*>(p.kept) + p.chosen[r + i] * p.keep + v;
+        for (int64_t c = 0; c < classes; c += kMostColumns)
+          grad_logits_row<T>(p, factors[i], v + c, least(kMostColumns, classes - c), p.target[r + i], row + c,
+                             dz + i * pitch + c);
+      });
+      return;
+    }
     product_of<T>(n, classes, p.in, p.packed_classes, LeftRows<T>{rows_of(x + r * p.in, p.in), p.in}, {},
                   [&](int64_t i, int64_t c, int64_t wide, A* z) {
-                    const RowFactors<A>& f = static_cast<const RowFactors<A>*>(p.factors)[r + i];
-                    grad_logits_row<T>(p, f, v + c, wide, p.target[r + i], z, dz + i * pitch + c);
+                    grad_logits_row<T>(p, factors[i], v + c, wide, p.target[r + i], z, dz + i * pitch + c);
                   });
   }
 
@@ -337,7 +399,7 @@ void cross_entropy_backward_in(const CrossEntropyBackward& p) {
   for (int64_t v = 0; v < p.classes; v += p.chunk) {
     const int64_t classes = least(p.chunk, p.classes - v);
     const LinearPack own = chunk_of<T>(p, v, classes);
-    linear_pack_in<T>(own);
+    if (!parts.kept(v, classes)) linear_pack_in<T>(own);
     if (p.grad_input) pack_all_steps<T>(rows_of(own.weight, p.weight_row), p.in, classes, p.packed_weight);
     A* bias = static_cast<A*>(p.bias_sums);
     if (p.grad_bias) __builtin_memset(bias, 0, classes * sizeof(A));

@@ -304,11 +304,12 @@ def _cross_entropy_samples(device: str) -> Iterator[Sample]:
         target = torch.arange(x.numel() // k, device=device).reshape(rows) % classes
         given = (x, w, bias, torch.where(target == 1, -1, target), weight)
         options = (reduction, -1, *numbers)
-        yield ops.linear_cross_entropy, (*given, *options), {}
-        loss, stats = ops.linear_cross_entropy(*given, *options)
+        for keep in (0, 0 if numbers[1] else classes // 2, 0 if numbers[1] else classes):
+            yield ops.linear_cross_entropy, (*given, *options, keep), {}
+        loss, stats, kept = ops.linear_cross_entropy(*given, *options, keep)
         grad = draw(*loss.shape, dtype=loss.dtype)
         for needs in ((True, True, has_bias), (False, True, False)):
-            yield ops.linear_cross_entropy_backward, (grad, *given, stats, *options, *needs), {}
+            yield ops.linear_cross_entropy_backward, (grad, *given, stats, kept, *options, *needs), {}
 
 
 def _rotary_samples(device: str) -> Iterator[Sample]:

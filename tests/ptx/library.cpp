@@ -1,7 +1,9 @@
 // What tests call through ctypes.
 #include <dlfcn.h>
 
+#include <map>
 #include <memory>
+#include <string>
 
 #include "machine.h"
 
@@ -22,7 +24,14 @@ int attempt(F f) {
   }
 }
 
-ptx::Program* served = nullptr;  // whose kernels ptx_serve() launches
+ptx::Program* served = nullptr;                // whose kernels ptx_serve() launches
+std::map<std::string, ptx::Counts> counts_of;  // of each kernel, since the last reset
+
+void add(ptx::Counts& to, const ptx::Counts& more) {
+  to.launches += more.launches, to.blocks += more.blocks, to.instructions += more.instructions;
+  to.products += more.products, to.bytes_loaded += more.bytes_loaded, to.bytes_stored += more.bytes_stored;
+  to.arithmetic += more.arithmetic, to.memory += more.memory, to.exchanges += more.exchanges;
+}
 
 }  // namespace
 
@@ -51,13 +60,21 @@ int ptx_launch(void* program, const char* kernel, const unsigned* grid, const un
     ptx::set_variables(static_cast<ptx::Program*>(program)->variables());
     const ptx::Launch launch{
         {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, cooperative != 0};
+    ptx::counts = {};
     ptx::Machine(found, launch, arguments).run();
+    add(counts_of[kernel], ptx::counts);
   });
 }
 
 void ptx_configure(unsigned long long seed, int junk) { ptx::config = {seed, junk != 0}; }
-ptx::Counts ptx_counts() { return ptx::counts; }
-void ptx_reset_counts() { ptx::counts = {}; }
+// Of the kernels in whose (mangled) names this occurs.
+ptx::Counts ptx_counts(const char* part) {
+  ptx::Counts all{};
+  for (const auto& [kernel, counts] : counts_of)
+    if (kernel.find(part) != std::string::npos) add(all, counts);
+  return all;
+}
+void ptx_reset_counts() { counts_of.clear(); }
 
 void ptx_map(const void* begin, size_t bytes, int written) {
   ptx::map_region(reinterpret_cast<uint64_t>(begin), bytes, written != 0);

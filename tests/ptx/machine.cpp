@@ -202,8 +202,8 @@ void decode(Kernel& kernel) {
       in.ftz |= part == "ftz";
       in.sat |= part == "sat";
     }
-    if (!decode_scalar(in) && !decode_integer(in) && !decode_convert(in) && !decode_memory(in) && !decode_warp(in) &&
-        !decode_control(in))
+    if (!decode_arithmetic(in) && !decode_integer(in) && !decode_move(in) && !decode_convert(in) &&
+        !decode_memory(in) && !decode_warp(in) && !decode_control(in))
       throw Error("the PTX simulator does not know this instruction (line " + std::to_string(in.line) + " of " +
                   kernel.name + "): " + in.text);
   }
@@ -257,6 +257,7 @@ void Machine::add_block(unsigned x, unsigned y, unsigned z) {
 
 void Machine::run() {
   ++counts.launches;
+  counts.blocks += uint64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
   for (unsigned z = 0; z < launch.grid[2]; ++z)
     for (unsigned y = 0; y < launch.grid[1]; ++y)
       for (unsigned x = 0; x < launch.grid[0]; ++x) {

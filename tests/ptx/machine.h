@@ -18,9 +18,9 @@ struct Launch {
   bool cooperative;
 };
 
-// What launches executed since the last reset; instructions are those of warps.
+// What launches executed; instructions are those of warps.
 struct Counts {
-  uint64_t launches, instructions, products, bytes_loaded, bytes_stored;  // products: mma; bytes: global memory
+  uint64_t launches, blocks, instructions, products, bytes_loaded, bytes_stored;  // products: mma; bytes: global memory
   uint64_t arithmetic, memory, exchanges;                                 // by Instruction::counted
 };
 
@@ -93,7 +93,7 @@ class Machine {
 };
 
 extern Config config;
-extern Counts counts;
+extern Counts counts;  // of the launch in progress
 
 // One instruction for the lanes in `mask`.
 struct Step {

@@ -3,100 +3,14 @@
 #include <cctype>
 #include <cstring>
 
+#include "operand.h"
 #include "program.h"
+#include "text.h"
 
 namespace ptx {
 namespace {
 
-const std::map<std::string, Special> kSpecials = {{"%laneid", kLaneid},
-                                                  {"%warpid", kWarpid},
-                                                  {"%nwarpid", kNwarpid},
-                                                  {"%smid", kSmid},
-                                                  {"%clock", kClock},
-                                                  {"%clock64", kClock},
-                                                  {"%gridid", kGridid},
-                                                  {"%lanemask_eq", kMaskEq},
-                                                  {"%lanemask_le", kMaskLe},
-                                                  {"%lanemask_lt", kMaskLt},
-                                                  {"%lanemask_ge", kMaskGe},
-                                                  {"%lanemask_gt", kMaskGt},
-                                                  {"%dynamic_smem_size", kDynamicShared},
-                                                  {"%total_smem_size", kTotalShared}};
-
 bool is_word(char c) { return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || c == '$' || c == '%'; }
-
-// Comments become spaces; line breaks stay.
-std::string without_comments(std::string text) {
-  for (size_t i = 0; i + 1 < text.size(); ++i) {
-    if (text[i] != '/') continue;
-    if (text[i + 1] == '/') {
-      for (; i < text.size() && text[i] != '\n'; ++i) text[i] = ' ';
-    } else if (text[i + 1] == '*') {
-      const size_t end = std::min(text.find("*/", i + 2), text.size() - 2) + 2;
-      for (; i < end; ++i)
-        if (text[i] != '\n') text[i] = ' ';
-    }
-  }
-  return text;
-}
-
-std::string trimmed(const std::string& text) {
-  std::string out;
-  for (char c : text) {
-    if (!std::isspace(static_cast<unsigned char>(c))) {
-      out += c;
-    } else if (!out.empty() && out.back() != ' ') {
-      out += ' ';
-    }
-  }
-  while (!out.empty() && out.back() == ' ') out.pop_back();
-  return out;
-}
-
-// At commas outside brackets.
-std::vector<std::string> split(const std::string& text, char at = ',') {
-  std::vector<std::string> parts;
-  std::string part;
-  int depth = 0;
-  for (char c : text) {
-    depth += (c == '{' || c == '[' || c == '(') - (c == '}' || c == ']' || c == ')');
-    if (c == at && depth == 0) {
-      parts.push_back(trimmed(part));
-      part.clear();
-    } else {
-      part += c;
-    }
-  }
-  if (!trimmed(part).empty()) parts.push_back(trimmed(part));
-  return parts;
-}
-
-bool starts_with(const std::string& text, const char* start) { return text.compare(0, std::strlen(start), start) == 0; }
-
-int bits_of(const std::string& type) {  // "u32", "pred"
-  if (type == "pred") return 1;
-  const size_t digit = type.find_first_of("0123456789");
-  if (digit == std::string::npos) throw Error("no type: ." + type);
-  return std::stoi(type.substr(digit));
-}
-
-uint64_t literal(const std::string& text) {
-  if (starts_with(text, "0f") || starts_with(text, "0F") || starts_with(text, "0d") || starts_with(text, "0D"))
-    return std::stoull(text.substr(2), nullptr, 16);
-  const bool minus = text[0] == '-';
-  std::string digits = text.substr(minus);
-  while (!digits.empty() && (digits.back() == 'U' || digits.back() == 'u')) digits.pop_back();
-  size_t read = 0;
-  uint64_t value = 0;
-  const bool binary = starts_with(digits, "0b") || starts_with(digits, "0B");
-  try {
-    value = std::stoull(binary ? digits.substr(2) : digits, &read, binary ? 2 : 0);
-  } catch (const std::exception&) {
-    throw Error("no operand: " + text);
-  }
-  if (read + (binary ? 2 : 0) != digits.size()) throw Error("no operand: " + text);
-  return minus ? 0 - value : value;
-}
 
 }  // namespace
 
@@ -193,13 +107,13 @@ class Parser {
       shared_.push_back({name, open ? 0 : bytes, align});
     } else if (space == "local") {
       local_bytes_ = (local_bytes_ + align - 1) / align * align;
-      symbols_[name] = local_bytes_;
+      names_.symbols[name] = local_bytes_;
       local_bytes_ += bytes;
     } else {
       std::vector<uint64_t>& data = program_.variables_[name];
       data.resize((bytes + 7) / 8 + 1);
       if (equals != std::string::npos) initialise(statement.substr(equals + 1), data, size_t(bits) / 8);
-      symbols_[name] = reinterpret_cast<uint64_t>(data.data());
+      names_.symbols[name] = reinterpret_cast<uint64_t>(data.data());
     }
     if (kernel == nullptr && space == "local") throw Error("local variables belong into kernels: " + statement);
   }
@@ -239,7 +153,7 @@ class Parser {
       const size_t offset = (kernel.parameter_bytes + align - 1) / align * align;
       kernel.parameters.push_back({name, offset, bytes});
       kernel.parameter_bytes = offset + bytes;
-      symbols_[name] = offset;
+      names_.symbols[name] = offset;
     }
   }
 
@@ -248,27 +162,27 @@ class Parser {
   void entry(const std::string& name) {
     Kernel kernel;
     kernel.name = name;
-    const auto outer = symbols_;
+    const auto outer = names_.symbols;
     const size_t shared_before = shared_.size();
     local_bytes_ = 0;
     labels_.clear();
     tables_.clear();
     if (text_[at_ - 1] == '(') parameters(kernel, until(')'));
     at_ = text_.find('{', at_) + 1;  // past .maxntid and the like
-    scopes_.assign(1, {});
+    names_.scopes.assign(1, {});
     // Symbols of shared memory are known only once all of it is declared.
     const size_t begin = at_;
-    while (!scopes_.empty()) statement(kernel, true);
+    while (!names_.scopes.empty()) statement(kernel, true);
     place_shared(kernel);
     at_ = begin;
     kernel.register_bytes = 0;
     local_bytes_ = 0;
-    scopes_.assign(1, {});
-    while (!scopes_.empty()) statement(kernel, false);
+    names_.scopes.assign(1, {});
+    while (!names_.scopes.empty()) statement(kernel, false);
     for (Instruction& instruction : kernel.code) resolve(instruction);
     kernel.local_bytes = local_bytes_;
     shared_.resize(shared_before);
-    symbols_ = outer;
+    names_.symbols = outer;
     program_.kernels_[name] = std::move(kernel);
   }
 
@@ -278,7 +192,7 @@ class Parser {
       for (const Shared& s : shared_) {
         if ((s.bytes == 0) != open) continue;
         end = (end + s.align - 1) / s.align * s.align;
-        symbols_[s.name] = end;
+        names_.symbols[s.name] = end;
         end += s.bytes;
       }
     }
@@ -296,7 +210,7 @@ class Parser {
   void statement(Kernel& kernel, bool declarations) {
     if (!skip_space()) throw Error(kernel.name + " has no end");
     if (text_[at_] == '{' || text_[at_] == '}') {
-      text_[at_++] == '{' ? scopes_.push_back({}) : scopes_.pop_back();
+      text_[at_++] == '{' ? names_.scopes.push_back({}) : names_.scopes.pop_back();
       return;
     }
     if (text_[at_] == ';') {
@@ -344,7 +258,7 @@ class Parser {
     const size_t type_end = text.find(' ', 5);
     const int bits = bits_of(text.substr(6, type_end - 6));
     const auto add = [&](const std::string& name) {
-      scopes_.back()[name] = {uint32_t(kernel.register_bytes), bits};
+      names_.scopes.back()[name] = {uint32_t(kernel.register_bytes), bits};
       kernel.register_bytes += bits == 1 ? 8 : kWarp * size_t(bits) / 8;
     };
     for (const std::string& name : split(text.substr(type_end))) {
@@ -364,7 +278,7 @@ class Parser {
     if (text[0] == '@') {
       const size_t end = text.find(' ');
       made.guarded = true;
-      made.guard = operand(text.substr(1, end - 1));
+      made.guard = names_.operand(text.substr(1, end - 1));
       text = trimmed(text.substr(end));
     }
     const size_t end = std::min(text.find(' '), text.size());
@@ -377,11 +291,11 @@ class Parser {
       made.labels = {arguments};
     } else if (made.parts[0] == "brx") {
       const std::vector<std::string> both = split(arguments);
-      made.operands.push_back(operand(both[0]));
+      made.operands.push_back(names_.operand(both[0]));
       made.labels = tables_[both[1]];
     } else if (made.parts[0] != "call") {
       try {
-        for (const std::string& one : split(arguments)) made.operands.push_back(operand(one));
+        for (const std::string& one : split(arguments)) made.operands.push_back(names_.operand(one));
       } catch (const Error& error) {
         throw Error("line " + std::to_string(where) + ": " + error.what() + ": " + text);
       }
@@ -389,72 +303,6 @@ class Parser {
     return made;
   }
 
-  Operand operand(const std::string& text) {
-    Operand made;
-    if (text[0] == '{') {
-      made.is = Operand::Is::list;
-      for (const std::string& one : split(text.substr(1, text.size() - 2))) made.list.push_back(operand(one));
-    } else if (text.find('|') != std::string::npos) {  // a register and a predicate
-      made.is = Operand::Is::list;
-      for (const std::string& one : split(text, '|')) made.list.push_back(operand(one));
-    } else if (text[0] == '[') {
-      made = address(trimmed(text.substr(1, text.size() - 2)));
-    } else if (text[0] == '!') {
-      made = operand(text.substr(1));
-      made.negated = true;
-    } else if (text != "_" && !find_register(text, made) && !find_special(text, made)) {
-      made.is = Operand::Is::number;
-      const auto symbol = symbols_.find(text);
-      made.number = symbol != symbols_.end() ? symbol->second : literal(text);
-    }
-    return made;
-  }
-
-  Operand address(const std::string& text) {  // %r1   %r1 + 4   %r1+-4   symbol+4   symbol
-    Operand made;
-    const size_t plus = text.find('+');
-    const std::string base = trimmed(text.substr(0, plus));
-    made.based = find_register(base, made);
-    if (!made.based) made.number = operand(base).number;
-    if (plus != std::string::npos) made.number += literal(trimmed(text.substr(plus + 1)));
-    made.is = Operand::Is::memory;
-    return made;
-  }
-
-  bool find_register(const std::string& name, Operand& made) const {
-    for (auto scope = scopes_.rbegin(); scope != scopes_.rend(); ++scope) {
-      const auto found = scope->find(name);
-      if (found == scope->end()) continue;
-      made.is = Operand::Is::reg;
-      made.at = found->second.at;
-      made.bits = found->second.bits;
-      return true;
-    }
-    return false;
-  }
-
-  static bool find_special(const std::string& name, Operand& made) {
-    if (name[0] != '%') return false;
-    made.is = Operand::Is::special;
-    const size_t dot = name.find('.');
-    static const std::map<std::string, uint32_t> triples = {
-        {"%tid", kTid}, {"%ntid", kNtid}, {"%ctaid", kCtaid}, {"%nctaid", kNctaid}};
-    if (dot != std::string::npos && triples.count(name.substr(0, dot))) {
-      made.at = triples.at(name.substr(0, dot)) + uint32_t(name[dot + 1] - 'x');
-    } else if (kSpecials.count(name)) {
-      made.at = kSpecials.at(name);
-    } else if (starts_with(name, "%envreg")) {
-      made.at = kZero;
-    } else {
-      throw Error("unknown register " + name);
-    }
-    return true;
-  }
-
-  struct Register {
-    uint32_t at;
-    int bits;
-  };
   struct Shared {
     std::string name;
     size_t bytes, align;
@@ -465,8 +313,7 @@ class Parser {
   size_t at_ = 0, line_at_ = 0, local_bytes_ = 0;
   int line_ = 0;
   std::string last_label_;
-  std::vector<std::map<std::string, Register>> scopes_;
-  std::map<std::string, uint64_t> symbols_;
+  Names names_;
   std::map<std::string, uint32_t> labels_;
   std::map<std::string, std::vector<std::string>> tables_;
   std::vector<Shared> shared_;

@@ -96,12 +96,13 @@ class Program {
 void decode(Kernel& kernel);
 
 // The families of instructions: fill in action and detail, or say that the opcode is none of theirs.
-bool decode_integer(Instruction& instruction);  // integer.cpp
-bool decode_scalar(Instruction& instruction);   // scalar.cpp
-bool decode_convert(Instruction& instruction);  // convert.cpp
-bool decode_memory(Instruction& instruction);   // memory.cpp
-bool decode_warp(Instruction& instruction);     // warp.cpp
-bool decode_control(Instruction& instruction);  // machine.cpp
+bool decode_arithmetic(Instruction& instruction);  // arithmetic.cpp
+bool decode_integer(Instruction& instruction);     // integer.cpp
+bool decode_move(Instruction& instruction);        // moves.cpp
+bool decode_convert(Instruction& instruction);     // convert.cpp
+bool decode_memory(Instruction& instruction);      // memory.cpp
+bool decode_warp(Instruction& instruction);        // warp.cpp
+bool decode_control(Instruction& instruction);     // machine.cpp
 
 // Special registers.
 enum Special : uint32_t {

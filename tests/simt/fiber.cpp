@@ -58,27 +58,34 @@ constexpr size_t kStack = 64 << 10;
 constexpr size_t kGuard = 4096;
 
 void* host_sp;
-std::vector<char*> pool;  // stacks of finished fibers
+std::vector<Fiber::Place> pool;  // of finished fibers
 #ifdef SIMT_THREAD_SANITIZER
-std::vector<char*> retired;  // of this launch: another fiber's accesses to them would look like races
+// Of this launch: another fiber's accesses to the stack would look like races, and the thread knows what was done on
+// it.
+std::vector<Fiber::Place> retired;
 void* host_thread;
 #endif
 
-char* new_stack() {
+Fiber::Place new_place() {
   if (!pool.empty()) {
-    char* stack = pool.back();
+    const Fiber::Place place = pool.back();
     pool.pop_back();
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(stack + kGuard, kStack - kGuard);  // frames that were left leave red zones behind
+    // Frames that were left leave red zones behind.
+    __asan_unpoison_memory_region(place.stack + kGuard, kStack - kGuard);
 #endif
-    return stack;
+    return place;
   }
   void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stack == MAP_FAILED || mprotect(stack, kGuard, PROT_NONE) != 0) {
     std::perror("simt: a stack");
     std::abort();
   }
-  return static_cast<char*>(stack);
+#ifdef SIMT_THREAD_SANITIZER
+  return {static_cast<char*>(stack), __tsan_create_fiber(0)};
+#else
+  return {static_cast<char*>(stack)};
+#endif
 }
 
 #ifdef __SANITIZE_ADDRESS__
@@ -88,34 +95,30 @@ size_t host_stack_bytes;
 
 }  // namespace
 
-Fiber::Fiber(void (*entry)()) : stack_(new_stack()) {
-  void** sp = reinterpret_cast<void**>(stack_ + kStack);
+Fiber::Fiber(void (*entry)()) : place_(new_place()) {
+  void** sp = reinterpret_cast<void**>(place_.stack + kStack);
   *--sp = nullptr;  // where entry would return to; it also aligns the stack as a call does
   *--sp = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--sp = nullptr;
   sp_ = sp;
-#ifdef SIMT_THREAD_SANITIZER
-  thread_ = __tsan_create_fiber(0);
-#endif
 }
 
 Fiber::~Fiber() {
 #ifdef SIMT_THREAD_SANITIZER
-  __tsan_destroy_fiber(thread_);
-  retired.push_back(stack_);
+  retired.push_back(place_);
 #else
-  pool.push_back(stack_);
+  pool.push_back(place_);
 #endif
 }
 
 void Fiber::resume() {
 #ifdef __SANITIZE_ADDRESS__
   void* fake;
-  __sanitizer_start_switch_fiber(&fake, stack_, kStack);
+  __sanitizer_start_switch_fiber(&fake, place_.stack, kStack);
 #endif
 #ifdef SIMT_THREAD_SANITIZER
   host_thread = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(place_.thread, __tsan_switch_to_fiber_no_sync);
 #endif
   simt_switch(&host_sp, sp_);
 #ifdef __SANITIZE_ADDRESS__
@@ -151,7 +154,7 @@ void ignore_accesses(bool begin) {
   (begin ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)(__FILE__, __LINE__);
   (begin ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)(__FILE__, __LINE__);
 }
-void reuse_stacks() {
+void reuse_places() {
   pool.insert(pool.end(), retired.begin(), retired.end());
   retired.clear();
 }
@@ -160,7 +163,7 @@ const bool thread_sanitizer = false;
 void publish(void*) {}
 void observe(void*) {}
 void ignore_accesses(bool) {}
-void reuse_stacks() {}
+void reuse_places() {}
 #endif
 
 }  // namespace simt

@@ -17,10 +17,15 @@ class Fiber {
   void suspend();        // from this fiber's stack
   void started() const;  // the first thing on a fiber's stack
 
+  // What a fiber takes from one that is done, for making it takes longer than most kernels.
+  struct Place {
+    char* stack;
+    void* thread = nullptr;  // ThreadSanitizer's
+  };
+
  private:
-  char* stack_;
+  Place place_;
   void* sp_;
-  void* thread_ = nullptr;  // ThreadSanitizer's
 };
 
 // What orders memory, for ThreadSanitizer: all that was done before publish(place) comes before what follows an
@@ -36,7 +41,7 @@ struct Ignored {
   ~Ignored() { ignore_accesses(false); }
 };
 
-// Launches are ordered: stacks of finished fibers may be used again.
-void reuse_stacks();
+// Launches are ordered: places of finished fibers may be used again.
+void reuse_places();
 
 }  // namespace simt

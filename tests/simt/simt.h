@@ -4,7 +4,10 @@
 //   include/      cuda_runtime.h, cuda_bf16.h, cuda_fp16.h; in place of the kernels' own, the headers of device/ that
 //                 hold PTX or touch memory
 //   fiber.*       a stack and a switch
-//   simt.cpp      blocks, schedules, barriers, warp collectives
+//   simt.cpp      launches: blocks, schedules
+//   meet.cpp      barriers, signals between blocks, warp collectives, asynchronous copies
+//   state.h       what those two know of a launch
+//   banks.cpp     bank conflicts
 //   memory.*      shared memory that remembers who touched it; accesses to global memory, counted and checked
 //
 // A kernel that does what CUDA forbids stops the launch, which returns an error whose text says what and where.

@@ -28,7 +28,20 @@ class CrossEntropyArguments(Arguments):
     def loss_shape(self) -> list[int]:
         return list(self.main.shape[:-1]) if REDUCTIONS[self["reduction"]] == "none" else []
 
+    @property
+    def keep(self) -> int:
+        """Of how many classes probabilities are kept."""
+        kept = self["kept"]
+        keep: int = self["keep"] if kept is None else kept.shape[1]
+        return keep
+
     def check(self) -> None:
+        kept = self["kept"]
+        self.require(
+            kept is None or kept.dim() == 2,
+            f"kept has shape {[] if kept is None else list(kept.shape)}, expected [rows, classes kept]; pass what the "
+            "forward returned",
+        )
         self.check_dtype()
         w = self["linear_weight"]
         self.check_type("linear_weight", w)
@@ -56,6 +69,9 @@ class CrossEntropyArguments(Arguments):
         self.check_shape("target", target, list(x.shape[:-1]))
         self._check_numbers()
         wide = wide_dtype(x.dtype)
+        if self["kept"] is not None:
+            self.check_type("kept", self["kept"])
+            self.check_shape("kept", self["kept"], [target.numel(), self.keep])
         for name in ("grad_loss", "stats"):
             given = self[name]
             if given is not None:
@@ -82,6 +98,13 @@ class CrossEntropyArguments(Arguments):
                 value >= 0 and math.isfinite(value),
                 f"{name} is {value:g}, it must be finite and at least 0; 0 switches it off",
             )
+        classes = self["linear_weight"].shape[0]
+        limit, cap = (0, " with softcap") if self["softcap"] > 0 else (classes, "")
+        self.require(
+            0 <= self.keep <= limit,
+            f"keep is {self.keep}, the limits are 0 and {limit} for {classes} classes{cap}; pass 0 to keep no "
+            "probabilities",
+        )
 
     def copies(self) -> list[str]:
         scattered = [name for name in ("input", "linear_weight") if self[name].numel() and self[name].stride(-1) != 1]
@@ -90,10 +113,12 @@ class CrossEntropyArguments(Arguments):
     def fake(self) -> tuple[Tensor, ...]:
         x, w, wide = self.main, self["linear_weight"], wide_dtype(self.main.dtype)
         if self.op == "linear_cross_entropy":
-            return x.new_empty(self.loss_shape, dtype=wide), x.new_empty([2, self["target"].numel()], dtype=wide)
+            rows = self["target"].numel()
+            stats, kept = x.new_empty([2, rows], dtype=wide), x.new_empty([rows, self.keep])
+            return x.new_empty(self.loss_shape, dtype=wide), stats, kept
         wanted = [("input", list(x.shape)), ("linear_weight", list(w.shape)), ("linear_bias", [w.shape[0]])]
         return tuple(x.new_empty(shape if self[f"need_{name}"] else [0]) for name, shape in wanted)
 
 
 for _op in CROSS_ENTROPY_OPS.values():
-    register(_op, CrossEntropyArguments)
+    register(_op, CrossEntropyArguments, gpu=("triton",))

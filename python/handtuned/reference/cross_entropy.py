@@ -80,7 +80,8 @@ def linear_cross_entropy(
     label_smoothing: float,
     softcap: float,
     z_loss: float,
-) -> tuple[Tensor, Tensor]:
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = _Rows(input, linear_weight, linear_bias, target, weight, ignore_index, softcap)
     top, total = rows.stats()
     lse = top + torch.log(total)
@@ -94,7 +95,8 @@ def linear_cross_entropy(
         reduced = rows.spread(loss).reshape(target.shape)
     else:
         reduced = loss.sum() / rows.divisor(reduction)
-    return reduced, torch.stack([rows.spread(top), rows.spread(total)])
+    kept = rows.spread(torch.softmax(rows.z.detach(), -1)[:, :keep].to(input.dtype))
+    return reduced, torch.stack([rows.spread(top), rows.spread(total)]), kept
 
 
 def linear_cross_entropy_backward(
@@ -105,6 +107,7 @@ def linear_cross_entropy_backward(
     target: Tensor,
     weight: Tensor | None,
     stats: Tensor,
+    kept: Tensor,
     reduction: int,
     ignore_index: int,
     label_smoothing: float,

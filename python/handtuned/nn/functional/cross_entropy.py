@@ -9,13 +9,25 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
-from ...autograd import apply, backward_op, kernels_for, wants_grad
+from ... import ops
+from ...autograd import apply, backward_op, is_distributed, kernels_for, wants_grad
 from ...ops.cross_entropy import REDUCTIONS
 from .linear import _autocast
 from .norm import _or_none
 
 _OP = "linear_cross_entropy"
 _NUMBER = {name: number for number, name in enumerate(REDUCTIONS)}
+KEPT_BYTES = 2**28  # most that probabilities take between forward and backward
+
+
+def _classes_kept(kernels: Any, input: Tensor, linear_weight: Tensor, target: Tensor, softcap: float) -> int:
+    """Of how many classes the forward keeps probabilities; for the others the backward makes the logits again."""
+    on_cpu = input.device.type == "cpu" and (kernels is ops or kernels.chosen.backend == "cpu")
+    if not on_cpu or softcap or linear_weight.dim() != 2:
+        return 0
+    classes: int = linear_weight.shape[0]
+    bytes_of_class = target.numel() * input.element_size()
+    return classes if bytes_of_class * classes <= KEPT_BYTES else KEPT_BYTES // bytes_of_class
 
 
 class _LinearCrossEntropy(Function):
@@ -30,9 +42,11 @@ class _LinearCrossEntropy(Function):
         weight: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        loss, stats = kernels.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, *options)
+        softcap = options[3]
+        keep = _classes_kept(kernels, input, linear_weight, target, softcap)
+        loss, *found = kernels.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, *options, keep)
         ctx.kernels, ctx.options = kernels, options
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, stats)
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, *found)
         result: Tensor = loss
         return result
 
@@ -44,6 +58,14 @@ class _LinearCrossEntropy(Function):
         )
         grads = (_or_none(need, grad) for need, grad in zip(needs, found, strict=True))
         return (None, *grads, None, None, *(None for _ in ctx.options))
+
+
+def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: the rows that count, by their weights."""
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    return (weight[torch.where(counts, target, 0)] * counts).sum()
 
 
 def linear_cross_entropy(
@@ -63,9 +85,10 @@ def linear_cross_entropy(
     """cross_entropy(linear(input, linear_weight, linear_bias), target) without the logits.
 
     torch.nn.functional.linear_cross_entropy (torch 2.13) with class numbers as targets. The memory that it needs beside
-    its arguments and gradients grows with the rows and with the classes, not with their product; the backward
-    makes the logits once more. Rows that are left out by ignore_index cost nothing. Differentiable in input,
-    linear_weight and linear_bias, to any order.
+    its arguments and gradients grows with the rows and with the classes, and not with their product: from forward to
+    backward at most 256 MB of probabilities are kept, and of classes beyond those the backward makes the logits again.
+    Rows that are left out by ignore_index cost nothing. Differentiable in input, linear_weight and linear_bias, to any
+    order.
 
     Args:
         input: (*, in_features), float32, float64, bfloat16 or float16.
@@ -98,10 +121,14 @@ def linear_cross_entropy(
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     kernels = kernels_for(_OP, input)
     ignored = -100 if ignore_index is None else ignore_index
+    divides = reduction == "mean" and is_distributed(input)  # a mean is not the sum of the processes' means
+    number = _NUMBER["sum"] if divides else number
     numbers = (number, ignored, float(label_smoothing), float(softcap), float(z_loss))
     given = (input, linear_weight, linear_bias, target, weight, *numbers)
     if torch.is_grad_enabled() and wants_grad(kernels, input, linear_weight, linear_bias):
         loss: Tensor = apply(_LinearCrossEntropy, kernels, *given)
     else:
-        loss = kernels.linear_cross_entropy(*given)[0]
+        loss = kernels.linear_cross_entropy(*given, 0)[0]
+    if divides:
+        loss = loss / _total_weight(target, weight, ignored)
     return loss.to(dtype)

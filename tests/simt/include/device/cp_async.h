@@ -6,8 +6,6 @@
 namespace handtuned::cuda {
 
 inline void cp_async(Shared<uint4> to, const void* from, int bytes) {
-  simt::check_aligned(from, 16);
-  simt::counts.bytes_loaded += size_t(bytes);
   simt::async_copy(to.offset(), from, size_t(bytes), 16);
 }
 
