@@ -16,7 +16,7 @@ from attention_cases import ALL, ALL_PACKED, BASE, BF16, CAUSAL, F16, F32, F64, 
 from test_norm_properties import assert_same_bits, same_bits
 from torch import Tensor
 
-from handtuned import backends
+from handtuned import serving
 from handtuned.nn import functional as H
 
 pytestmark = [pytest.mark.usefixtures("poison"), pytest.mark.cuda_alone]
@@ -284,7 +284,7 @@ def attend(t: ac.Tensors, case: Case, **more: Any) -> tuple[Tensor, Tensor]:
     named |= dict(key_lengths=t.key_lengths, block_table=None, alibi_slopes=t.alibi_slopes, sinks=t.sinks)
     named |= dict(scale=case.score_scale, bottom_right=case.alignment == "bottom_right", window_left=left)
     named |= dict(window_right=right, softcap=case.softcap, dropout_p=0.0, seed=None)
-    return backends.kernels("attention", t.query).attention(*(named | more).values())
+    return serving.kernels("attention", t.query).attention(*(named | more).values())
 
 
 def pages_of(dense: Tensor, lengths: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:

@@ -172,8 +172,8 @@ def test_explain_attention() -> None:
     assert (call.op, call.served_by.backend) == ("attention", "cpu")
     assert {c.backend: c.refused for c in call.candidates}["triton"] == "input is on cpu"
     assert call.notes == ["key is copied once: its last stride is 3, not 1"]
-    with handtuned.backend("triton"), pytest.raises(RuntimeError, match="no Triton kernel for this op"):
-        handtuned.backends.choose("append_kv", q.device, q.dtype)
+    with handtuned.backend("triton"), pytest.raises(RuntimeError, match="input is on meta"):
+        handtuned.backends.choose("append_kv", torch.device("meta"), q.dtype)
 
 
 def test_explain_passes_keywords_and_errors_on() -> None:
@@ -230,8 +230,7 @@ def test_info_lists_every_op_on_every_backend() -> None:
     assert all(row["why"] for row in found["kernels"])
     without = {"triton": handtuned.backends.why_no_triton_kernel, "cuda": handtuned.backends.why_no_cuda_kernel}
     lacking = {(op, backend) for backend, why in without.items() for op in handtuned.ops.OPS if why(op)}
-    without_triton = {"append_kv", *handtuned.ops.LINEAR_INT8_OPS}
-    assert {op for op, backend in lacking if backend == "triton"} == without_triton
+    assert not {op for op, backend in lacking if backend == "triton"}
     assert {(row["op"], row["backend"]) for row in found["kernels"] if not row["built"]} == lacking
     assert not any(row["usable"] and not row["built"] for row in found["kernels"])
     assert found["version"] == handtuned.__version__

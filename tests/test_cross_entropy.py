@@ -308,7 +308,7 @@ def test_wrong_arguments(op: str, argument: str, value: Any, says: str) -> None:
 @pytest.mark.parametrize("op", ops.CROSS_ENTROPY_OPS)
 def test_a_target_out_of_bounds_is_refused(kernels: str, op: str, wrong: int) -> None:
     arguments = arguments_of(op) | {"target": torch.tensor([0, 1, wrong, -100])}
-    call = handtuned.backends._namespace(handtuned.backends.Candidate(kernels if kernels == "reference" else "cpu", ""))
+    call = handtuned.serving.namespace(kernels if kernels == "reference" else "cpu")
     says = error_of(lambda: getattr(call, op)(*arguments.values()))
     assert re.search(rf"target {wrong}.* is out of bounds, the limits are 0 and 4; rows of class -100", says)
 

@@ -1,5 +1,5 @@
-"""Triton compiles no kernel anew because a batch or a length is another one: what is compiled in of launches over twenty
-of them. (Its own rules compile for 1 and for multiples of 16, inside tuples even where told not to.)"""
+"""Triton compiles no kernel anew because a batch or a length is another one: what is compiled in of launches over
+twenty of them. (Its own rules compile for 1 and for multiples of 16, inside tuples even where told not to.)"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
     os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
 
 import triton_tools
-from handtuned.triton_kernels import attention, cross_entropy, linear, norm, rnn, rotary, tuning
+from handtuned.triton_kernels import attention, cross_entropy, kv_cache, linear, linear_int8, norm, rnn, rotary, tuning
 
 PAIRS = [(b, n) for b in (1, 2, 3, 16, 32) for n in (1, 15, 48, 1040)]
 WIDTH = 24  # of a head; no multiple of 16
@@ -65,7 +65,12 @@ def _others(batch: int, length: int) -> None:
     target = torch.zeros(batch, length, dtype=torch.int64)
     cross_entropy.linear_cross_entropy(x, torch.zeros(40, WIDTH), None, target, None, 1, -100, 0.0, 0.0, 0.0, 0)
     table = torch.zeros(length, 4)
-    rotary.rotary(x.view(batch, length, 2, 12).transpose(1, 2), table, table, False, False)
+    heads = x.view(batch, length, 2, 12).transpose(1, 2)
+    rotary.rotary(heads, table, table, False, False)
+    lengths, cache = torch.zeros(batch, dtype=torch.int32), torch.zeros(batch, 2, length + 5, 12)
+    kv_cache.append_kv(heads, heads, heads, cache, cache, lengths, None, table, table, False, True)
+    packed = linear_int8.linear_int8_pack(torch.zeros(40, WIDTH, dtype=torch.int8))
+    linear_int8.linear_int8(x, packed, torch.zeros(40), None, None, 0, 0.0, None, True, False)
 
 
 def test_batch_and_length_are_never_compiled_in() -> None:

@@ -1,6 +1,6 @@
-"""Linear layers with their epilogues, rotary embedding and linear cross-entropy in Triton, in the interpreter: the CPU
-kernels' cases held to the contract, with guard bands around every buffer. Budgets:
-test_triton_feed_forward_budgets.py."""
+"""Linear layers with their epilogues (int8 weights too), rotary embedding, the key-value cache and linear cross-entropy
+in Triton, in the interpreter: the CPU kernels' cases held to the contract, with guard bands around every buffer.
+Budgets: test_triton_feed_forward_budgets.py."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
 
 import cross_entropy_cases as cc
 import linear_cases as lc
+import test_linear_int8 as int8_tests
 import test_rotary as rotary_tests
 import triton_tools
-from handtuned.triton_kernels import common, cross_entropy
+from handtuned.triton_kernels import common, cross_entropy, kernels, kv_cache
+from torch import Tensor
 
 import handtuned
 from handtuned import nn
@@ -80,6 +82,86 @@ def test_cross_entropy_leaves_out_rows_and_says_nan_of_a_target_that_is_no_class
 def test_rotary(dtype: torch.dtype, table: torch.dtype, interleaved: bool) -> None:
     rotary_tests.test_rotation_is_rounded_once("triton", dtype, table, interleaved)
     rotary_tests.test_any_layout_and_its_output("triton")
+
+
+@pytest.mark.parametrize(("dtype", "paged", "rotary"), [(F32, True, True), (BF16, False, True), (F64, True, False)])
+def test_what_is_written_into_the_cache(dtype: torch.dtype, paged: bool, rotary: bool) -> None:
+    """The new places alone, whatever the order of programs; nothing for a sequence that is full or has no page."""
+    ours, theirs = (rotary_tests.arguments(dtype, paged, rotary) for _ in range(2))
+    caches = ("key_cache", "value_cache")
+    ours |= {name: triton_tools.fenced(ours[name]) for name in ("query", "key", "value", *caches)}
+    with triton_tools.shuffled_programs(1):
+        rotated, lengths = kv_cache.append_kv(**ours)
+    expected, _ = handtuned.reference.append_kv(**theirs)
+    assert lengths.tolist() == [6, 2]
+    if rotary:
+        torch.testing.assert_close(rotated, expected)
+    for name in caches:
+        torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
+        before = ours[name].clone()
+        lacking = torch.tensor([9, -3 if paged else 9])  # the page table of the second holds -1 there
+        kv_cache.append_kv(**ours | {"cache_lengths": lacking})
+        torch.testing.assert_close(ours[name], before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_cache_and_int8_are_reached() -> None:
+    given = rotary_tests.arguments(rotary=False)
+    names = ("query", "key_cache", "value_cache", "key", "value")
+    found = handtuned.explain(H.attention_with_kv_cache, *(given[n] for n in names), cache_lengths=torch.tensor([4, 0]))
+    assert [call.op for call in found.calls] == ["append_kv", "attention"]
+    assert {call.served_by.backend for call in found.calls} == {"triton"}
+    (call,) = handtuned.explain(nn.Int8Linear.from_linear(nn.Linear(5, 3)), torch.ones(2, 5)).calls
+    assert (call.op, call.served_by.backend) == ("linear_int8", "triton")
+
+
+@pytest.mark.filterwarnings("ignore:Warning only once for all operators")
+def test_a_compiled_function_reaches_them_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: torch's dispatcher calls the launchers. Here they stand in for the CPU's kernels."""
+    given = rotary_tests.arguments(rotary=True)
+    given = {name: given[name] for name in ("query", "key_cache", "value_cache", "key", "value", "cache_lengths")}
+    x, linear = torch.randn(3, 5), nn.Int8Linear.from_linear(nn.Linear(5, 4), quantize_input=True)
+
+    def step(x: Tensor, given: dict[str, Tensor]) -> tuple[Any, Any]:
+        return H.attention_with_kv_cache(**given), linear(x)
+
+    def copied() -> dict[str, Tensor]:
+        return {name: tensor.nan_to_num() for name, tensor in given.items()}
+
+    with handtuned.backend("auto"):
+        expected = step(x, copied())
+    launched: set[str] = set()
+    with torch.library._scoped_library("handtuned", "IMPL") as library, handtuned.backend("auto"):
+        for name in ("append_kv", "attention", "linear_int8"):
+
+            def launch(*args: Any, name: str = name) -> Any:
+                launched.add(name)
+                return getattr(kernels, name)(*args)
+
+            library.impl(name, launch, "CPU", allow_override=True)
+        found = torch.compile(step, fullgraph=True, backend="aot_eager")(x, copied())
+    assert launched == {"append_kv", "attention", "linear_int8"}
+    for ours, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-6)
+
+
+INT8 = [
+    lc.EVERYTHING,
+    lc.EVERYTHING.with_(dtype=BF16, activation="gelu"),
+    lc.Case((5,), 70, 67, F16),
+    lc.Case((2, 10), 9, 65, BF16, activation="silu"),
+    lc.Case((4,), 0, 5),
+]
+
+
+@pytest.mark.parametrize("case", INT8, ids=lambda case: case.name)
+def test_int8_weight(case: lc.Case) -> None:
+    int8_tests.test_numerics_contract("triton", case)
+    int8_tests.test_quantized_input_with_all_that_follows("triton", case)
+
+
+def test_int8_sums_are_exact_and_odd_rows_stay_alone() -> None:
+    int8_tests.test_integers_are_the_same_everywhere("triton", (4, 303, 70), BF16)
+    int8_tests.test_rows_of_odd_values("triton")
 
 
 def test_feed_forward_modules() -> None:

@@ -22,7 +22,7 @@ if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conft
 import numerics
 import rnn_cases as rc
 import triton_tools
-from handtuned.triton_kernels import common, tuning
+from handtuned.triton_kernels import common, rnn_plan, tuning
 from rnn_cases import Case
 from test_rnn_variants import ALL_OF, PAIRS
 from torch import Tensor
@@ -173,7 +173,7 @@ def test_layer_norm_of_gates_is_refused_or_the_references(monkeypatch: pytest.Mo
         packed = handtuned.ops.rnn_pack(t.weights, mode, False, True, 0.0, None)
         args = (t.input, None, None, None, packed, mode, 4, 0, 1, False, 0.0, None, None, False, False)
         with pytest.warns(FallbackWarning, match="normalises recurrent gates"):
-            handtuned.backends.serve_device("rnn", torch.empty(1, device="meta"), mode, args)
+            handtuned.serving.serve_device("rnn", torch.empty(1, device="meta"), mode, args)
 
 
 def test_packed_of_the_cpu_kernels_is_refused() -> None:
@@ -181,8 +181,14 @@ def test_packed_of_the_cpu_kernels_is_refused() -> None:
     t = rc.tensors(case)
     with handtuned.backend("cpu"):
         packed = H.pack_rnn_weights("GRU", t.weights)
-    with pytest.raises(RuntimeError, match="packed is of the CPU kernels"):
+    with pytest.raises(RuntimeError, match=r"packed is of the CPU kernels, .* pack on cpu"):
         H.gru(t.input, None, t.weights, packed=packed)
+    ours = H.pack_rnn_weights("GRU", t.weights)
+    moved = ours.clone()
+    assert ours in rnn_plan._known  # nobody waits for those
+    assert moved not in rnn_plan._known
+    torch.testing.assert_close(H.gru(t.input, None, t.weights, packed=moved), H.gru(t.input, None, t.weights))
+    assert moved in rnn_plan._known
 
 
 def test_modules_and_cells() -> None:

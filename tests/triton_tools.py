@@ -134,15 +134,20 @@ def fenced(tensor: torch.Tensor) -> torch.Tensor:
     return inside.copy_(tensor)
 
 
+def filling(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 77
+
+
 @contextlib.contextmanager
 def guarded(module: Any) -> Iterator[None]:
-    """Every `module.empty()` starts as NaN and lies between two NaN bands, whose bits are compared at the end."""
+    """Every `module.empty()` starts as NaN (integers as 77) and lies between two such bands, whose bits are compared at
+    the end."""
     original = module.empty
     buffers: list[torch.Tensor] = []
 
     def empty(shape: tuple[int, ...], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         size = int(np.prod(shape))
-        buffer = torch.full((size + 2 * BAND,), float("nan"), dtype=dtype or like.dtype)
+        buffer = torch.full((size + 2 * BAND,), filling(dtype or like.dtype), dtype=dtype or like.dtype)
         buffers.append(buffer)
         return buffer[BAND : BAND + size].view(shape)
 
@@ -152,7 +157,7 @@ def guarded(module: Any) -> Iterator[None]:
     finally:
         module.empty = original
     for buffer in buffers:
-        band = torch.full((BAND,), float("nan"), dtype=buffer.dtype).view(torch.uint8)
+        band = torch.full((BAND,), filling(buffer.dtype), dtype=buffer.dtype).view(torch.uint8)
         for side, part in (("before", buffer[:BAND]), ("after", buffer[-BAND:])):
             size = buffer.numel() - 2 * BAND
             assert torch.equal(part.view(torch.uint8), band), f"a store went {side} a buffer of {size} elements"

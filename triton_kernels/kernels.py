@@ -2,7 +2,9 @@
 
 from .attention import attention, attention_backward
 from .cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
+from .kv_cache import append_kv
 from .linear import linear, linear_backward, linear_inference, linear_pack
+from .linear_int8 import linear_int8, linear_int8_pack
 from .norm import (
     add_layer_norm,
     add_layer_norm_backward,
@@ -23,6 +25,7 @@ __all__ = [
     "add_layer_norm_backward",
     "add_rms_norm",
     "add_rms_norm_backward",
+    "append_kv",
     "attention",
     "attention_backward",
     "layer_norm",
@@ -33,6 +36,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "linear_inference",
+    "linear_int8",
+    "linear_int8_pack",
     "linear_pack",
     "rms_norm",
     "rms_norm_backward",

@@ -27,7 +27,7 @@ DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 
 
 @triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
+def activated(z, ACTIVATION: tl.constexpr):
     """(activation(z), its slope)."""
     if ACTIVATION == RELU:
         y, slope = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
@@ -79,7 +79,7 @@ def epilogue_kernel(
         z += tl.load(bias + column, mask=column < width, other=0.0).to(ACC)[None, :]
     if preactivation is not None:
         tl.store(preactivation + at, z.to(preactivation.dtype.element_ty), mask=inside)
-    y, _slope = _activated(z, ACTIVATION)
+    y, _slope = activated(z, ACTIVATION)
     if seed is not None:
         y *= keep_factor(seed, row, start, threshold, scale, BLOCK_ROWS, BLOCK, ACC)
     if residual is not None:
@@ -108,7 +108,7 @@ def epilogue_backward_kernel(
     if seed is not None:
         dz *= keep_factor(seed, row, start, threshold, scale, BLOCK_ROWS, BLOCK, ACC)
     if preactivation is not None:
-        _y, slope = _activated(tl.load(preactivation + at, mask=inside, other=0.0).to(ACC), ACTIVATION)
+        _y, slope = activated(tl.load(preactivation + at, mask=inside, other=0.0).to(ACC), ACTIVATION)
         dz *= slope
     tl.store(target + at, dz.to(target.dtype.element_ty), mask=inside)
 

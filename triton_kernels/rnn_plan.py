@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from handtuned.ops.cells import CELLS, RATES, Cell
 from handtuned.ops.rnn import packed_bytes
@@ -18,6 +19,7 @@ HEADER_BYTES = 64
 ALIGNMENT = 16  # bytes, of each tensor in `packed`
 Rates = list[float] | None
 DROPOUT, RECURRENT_DROPOUT, WEIGHT_DROPOUT = 0, 3, 4  # kinds of masks
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # packed weights that are known to be of these kernels
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -42,11 +44,7 @@ def weight_shapes(
 
 
 def views_of(packed: Tensor, dtype: torch.dtype, shapes: list[list[tuple[int, ...]]], cell: Cell) -> list[Weights]:
-    if packed.device.type == "cpu" and bool(packed[:HEADER_BYTES].any()):
-        raise RuntimeError(
-            "handtuned.rnn: packed is of the CPU kernels, the Triton kernels have an order of their own; pack under "
-            "handtuned.backend('triton')"
-        )
+    _check_origin(packed)
     offset, found = HEADER_BYTES, []
     for layer in shapes:
         tensors: list[Tensor] = []
@@ -60,6 +58,19 @@ def views_of(packed: Tensor, dtype: torch.dtype, shapes: list[list[tuple[int, ..
     return found
 
 
+def _check_origin(packed: Tensor) -> None:
+    """Weights that rnn_pack did not make here (moved from elsewhere, loaded) are looked at once, which waits for them.
+    Its header is of zeros, those of other kernels are not."""
+    if packed in _known:
+        return
+    if bool(packed[:HEADER_BYTES].any()):
+        raise RuntimeError(
+            "handtuned.rnn: packed is of the CPU kernels, the Triton kernels have an order of their own; pack on "
+            f"{packed.device}, on the CPU under handtuned.backend('triton')"
+        )
+    _known[packed] = True
+
+
 def rnn_pack(
     weights: list[Tensor], mode: str, bidirectional: bool, bias: bool, weight_dropout: float, seed: Tensor | None
 ) -> Tensor:
@@ -68,6 +79,7 @@ def rnn_pack(
     each, directions = cell.weights(bias, width != hidden), 1 + bidirectional
     layers = len(weights) // each // directions
     packed = first.new_zeros(packed_bytes(weights, mode, bidirectional, bias), dtype=torch.uint8)
+    _known[packed] = True
     shapes = weight_shapes(cell, first.shape[1], hidden, width, layers, directions)
     for layer, views in enumerate(views_of(packed, first.dtype, shapes, cell)):
         there = [t for t in (views.w_ih, views.w_hh, views.w_hr, views.peepholes) if t is not None]
@@ -133,7 +145,7 @@ class Plan:
 
     def sizes(self, layer: int) -> Sizes:
         changing = (self.steps, self.batch, self.rows, layer * self.directions)
-        return Sizes(*map(common.hidden, changing), self.directions)
+        return Sizes._make([*map(common.hidden, changing), self.directions])
 
     @property
     def widths(self) -> Widths:

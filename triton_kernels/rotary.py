@@ -31,6 +31,28 @@ def _at(rows, i, j, k, m):
     return outer + k * stride_of(rows.third, rows.loose) + m * stride_of(rows.fourth, rows.loose)
 
 
+@triton.jit
+def turn(x, target, c, s, pair, angles, there, INTERLEAVED: tl.constexpr):
+    """Pairs of features of rows that begin at x [rows, 1], to those that begin at target."""
+    KIND: tl.constexpr = target.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if tl.float64 == KIND else tl.float32
+    first, other = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, angles + pair)
+    a = tl.load(x + first, mask=there, other=0.0).to(ACC)
+    b = tl.load(x + other, mask=there, other=0.0).to(ACC)
+    c, s = c.to(ACC), s.to(ACC)
+    tl.store(target + first, (a * c - b * s).to(KIND), mask=there)
+    tl.store(target + other, (b * c + a * s).to(KIND), mask=there)
+
+
+@triton.jit
+def pass_on(x, target, inside, begin, width, BLOCK: tl.constexpr):
+    """The features that are not turned."""
+    for start in range(begin, width, BLOCK):
+        column = start + tl.arange(0, BLOCK)[None, :]
+        there = inside & (column < width)
+        tl.store(target + column, tl.load(x + column, mask=there), mask=there)
+
+
 @triton.jit(do_not_specialize=["count", "inverse"])
 def rotary_kernel(
     x,
@@ -47,7 +69,6 @@ def rotary_kernel(
     BLOCK: tl.constexpr,
 ):
     """sizes: of the second to fourth of the rows' dims, hidden. A program does BLOCK_ROWS rows."""
-    ACC: tl.constexpr = tl.float64 if x.data.dtype.element_ty == tl.float64 else tl.float32
     r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     second, third, fourth = number(sizes[0]), number(sizes[1]), number(sizes[2])
     m, k = r % fourth, r // fourth % third
@@ -55,27 +76,18 @@ def rotary_kernel(
     inside = (r < count)[:, None]
     x_at, out_at = _at(x, i, j, k, m)[:, None], _at(output, i, j, k, m)[:, None]
     cos_at, sin_at = _at(cos, i, j, k, m)[:, None], _at(sin, i, j, k, m)[:, None]
-    sign = 1 - 2 * inverse
     for start in range(0, angles, BLOCK):
         pair = start + tl.arange(0, BLOCK)[None, :]
         there = inside & (pair < angles)
-        first, other = (2 * pair, 2 * pair + 1) if INTERLEAVED else (pair, angles + pair)
-        a = tl.load(x.data + x_at + first, mask=there, other=0.0).to(ACC)
-        b = tl.load(x.data + x_at + other, mask=there, other=0.0).to(ACC)
-        c = tl.load(cos.data + cos_at + pair * cos.column, mask=there, other=0.0).to(ACC)
-        s = tl.load(sin.data + sin_at + pair * sin.column, mask=there, other=0.0).to(ACC) * sign
-        KIND: tl.constexpr = output.data.dtype.element_ty
-        tl.store(output.data + out_at + first, (a * c - b * s).to(KIND), mask=there)
-        tl.store(output.data + out_at + other, (b * c + a * s).to(KIND), mask=there)
-    for start in range(2 * angles, width, BLOCK):
-        column = start + tl.arange(0, BLOCK)[None, :]
-        there = inside & (column < width)
-        tl.store(output.data + out_at + column, tl.load(x.data + x_at + column, mask=there), mask=there)
+        c = tl.load(cos.data + cos_at + pair * cos.column, mask=there, other=0.0)
+        s = tl.load(sin.data + sin_at + pair * sin.column, mask=there, other=0.0) * (1 - 2 * inverse)
+        turn(x.data + x_at, output.data + out_at, c, s, pair, angles, there, INTERLEAVED)
+    pass_on(x.data + x_at, output.data + out_at, inside, 2 * angles, width, BLOCK)
 
 
 def _rows(tensor: Tensor, lead: int) -> Rows:
     *strides, column = [0] * (4 - lead) + list(tensor.stride())
-    return Rows(tensor, *common.hidden_strides(*strides), column)
+    return Rows._make([tensor, *common.hidden_strides(*strides), column])
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active as _transforms_active
 from torch.autograd import Function, forward_ad
 
-from . import backends, ops, reference
+from . import backends, ops, reference, serving
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, told without the import of torch.distributed.tensor."""
+    return type(tensor) is not Tensor and type(tensor).__name__ == "DTensor"
 
 
 def kernels_for(op: str, input: Tensor, mode: str = "") -> Any:
@@ -25,10 +30,10 @@ def kernels_for(op: str, input: Tensor, mode: str = "") -> Any:
     """
     if _transforms_active() or forward_ad._current_level >= 0:
         backends.fell_back(op, "a torch.func transform or forward-mode AD is active, which kernels cannot enter")
-        return backends.formula(op, input)
-    if type(input) is not Tensor and type(input).__name__ == "DTensor" and not torch.compiler.is_compiling():
+        return serving.formula(op, input)
+    if is_distributed(input):
         from . import sharding  # noqa: F401 (here, since it is slow to import; registers the ops' rules)
-    return ops if backends.dispatched(input, mode) else backends.kernels(op, input, mode)
+    return ops if backends.dispatched(input, mode) else serving.kernels(op, input, mode)
 
 
 def wants_grad(kernels: Any, *tensors: Tensor | None) -> bool:

@@ -1,8 +1,6 @@
 """Which kernel serves a call: the policy table, the switches that override it, and the record that explain() reads.
 
-An op's arguments are the same for every backend, so a backend is a namespace of functions named like the ops:
-``ops`` (torch's dispatcher: the compiled CPU and CUDA kernels, and whatever ``serve_device`` finds where there are
-none), the Triton launchers, or ``reference``.
+serving.py makes the calls.
 
 For a CUDA tensor the CUDA library comes before Triton, if it was built and has a kernel for the op: it holds every
 shape, dtype and option of the norm, attention and recurrent families (but layer normalisation of recurrent gates), is
@@ -14,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +24,7 @@ from ._binary import build_facts, cuda_library
 
 BACKENDS = ("auto", "cpu", "triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+gpu_ops: dict[str, set[str]] = {"cuda": set(), "triton": set()}  # which ops have kernels there: ops/ says it
 
 
 class FallbackWarning(UserWarning):
@@ -136,10 +135,7 @@ def triton_interprets() -> bool:
 
 def why_no_triton_kernel(op: str) -> str | None:
     """None if an op has a Triton kernel, on whatever device."""
-    from . import ops
-
-    families = (ops.NORM_OPS, ops.ATTENTION_OPS, ops.RNN_OPS, ops.LINEAR_OPS, ops.CROSS_ENTROPY_OPS, ("rotary",))
-    return None if any(op in family for family in families) else "no Triton kernel for this op"
+    return None if op in gpu_ops["triton"] else "no Triton kernel for this op"
 
 
 def _why_not_dtype(dtype: torch.dtype) -> str | None:
@@ -156,13 +152,7 @@ def why_no_cuda_kernel(op: str) -> str | None:
         return build_facts["cuda"]
     if not cuda_library.exists():
         return f"{cuda_library.name} is missing beside the extension"
-    return None if op in ops_with_cuda_kernels() else "no CUDA C++ kernel for this op"
-
-
-def ops_with_cuda_kernels() -> Collection[str]:
-    from . import ops
-
-    return ops.NORM_OPS | ops.ATTENTION_OPS | ops.RNN_OPS
+    return None if op in gpu_ops["cuda"] else "no CUDA C++ kernel for this op"
 
 
 def cuda_status() -> str | None:
@@ -236,68 +226,9 @@ def fell_back(op: str, reason: str) -> None:
         warnings.warn(message, FallbackWarning, stacklevel=4)
 
 
-def _namespace(candidate: Candidate) -> Any:
-    from . import ops, reference
-
-    if candidate.backend == "reference":
-        return reference
-    if candidate.backend == "triton":
-        from .triton_kernels import kernels
-
-        return kernels
-    return ops
-
-
-def serve_device(op: str, main: torch.Tensor, mode: str, args: tuple[Any, ...]) -> Any:
-    """The dispatcher's kernel for every device but the CPU; arguments are checked and on `main`'s device."""
-    chosen, table = choose(op, main.device, main.dtype, mode)
-    _say_if_formula(op, chosen, table)
-    return getattr(_namespace(chosen), op)(*args)
-
-
-def _say_if_formula(op: str, chosen: Candidate, table: list[Candidate]) -> None:
+def say_if_formula(op: str, chosen: Candidate, table: list[Candidate]) -> None:
     if chosen.backend == "reference" and _state.backend == "auto" and _state.record is None:
         fell_back(op, "; ".join(f"{c.backend}: {c.refused}" for c in table if c.refused))
-
-
-class Direct:
-    """A backend called without the dispatcher (or watched by explain()): notes and checks each call, then runs it."""
-
-    def __init__(self, kernels: Any, chosen: Candidate, table: list[Candidate]) -> None:
-        self.kernels, self.chosen, self.table = kernels, chosen, table
-
-    @property
-    def is_formula(self) -> bool:
-        """True if torch's autograd differentiates what runs."""
-        return self.chosen.backend == "reference"
-
-    def note(self, op: str, args: tuple[Any, ...]) -> None:
-        """Checks a call's arguments and writes it into explain()'s record."""
-        from . import ops
-
-        arguments = ops.arguments(op, args)
-        if _state.record is not None:
-            _state.record.append(Call(op, self.chosen, self.table, arguments.copies()))
-
-    def __getattr__(self, op: str) -> Any:
-        def call(*args: Any) -> Any:
-            self.note(op, args)
-            if _state.record is None or self.chosen.backend != "triton":
-                return getattr(self.kernels, op)(*args)
-            from .triton_kernels import tuning
-
-            with tuning.noted(_state.record[-1].notes):
-                return getattr(self.kernels, op)(*args)
-
-        return call
-
-
-def kernels(op: str, input: torch.Tensor, mode: str = "") -> Direct:
-    """The namespace that serves an op (and its backward) on this input, when the dispatcher alone does not tell."""
-    chosen, table = choose(op, input.device, input.dtype, mode)
-    _say_if_formula(op, chosen, table)
-    auto = _state.backend == "auto" and chosen.backend != "reference"
-    return Direct(_namespace(Candidate("cpu", "")) if auto else _namespace(chosen), chosen, table)
 
 
 def dispatched(input: torch.Tensor, mode: str) -> bool:
@@ -305,7 +236,11 @@ def dispatched(input: torch.Tensor, mode: str) -> bool:
     return plain and not (input.is_cuda and _why_not_mode(mode))
 
 
-def formula(op: str, input: torch.Tensor) -> Direct:
-    """The reference as a namespace."""
-    chosen = Candidate("reference", "torch")
-    return Direct(_namespace(chosen), chosen, candidates(op, input.device, input.dtype))
+def is_automatic() -> bool:
+    """Whether the policy table decides, and no switch."""
+    return _state.backend == "auto"
+
+
+def recorded() -> list[Call] | None:
+    """Where explain() wants calls noted, if it does."""
+    return _state.record

@@ -4,12 +4,18 @@ A rule says of one dim of the mesh which placements of the arguments give which 
 word between the processes; torch moves what is placed otherwise to the rule that costs least. R is replicated, S(d)
 split along dim d, P a sum still to be taken.
 
-    linear       rows      input S(d), weight R                     ->  output S(d)
-                 columns   input R, weight S(0), bias S(0)          ->  output S(-1)
-                 sums      input S(-1), weight S(1), bias P         ->  output P, where no activation follows
-    norms        rows      input S(d), weight R                     ->  output S(d)
-    attention    batch     query, key, value S(0)                   ->  output, lse S(0)
-                 heads     query, key, value S(1)                   ->  output, lse S(1)
+    linear          rows      input S(d), weight R                  ->  output S(d)
+                    columns   input R, weight S(0), bias S(0)       ->  output S(-1)
+                    sums      input S(-1), weight S(1), bias P      ->  output P, where no activation follows
+    linear_int8     rows      input S(d), packed, scale, bias R     ->  output S(d)
+    cross-entropy   rows      input S(d), target S(d), weight R     ->  loss S(d), of reduction "sum" P
+    norms           rows      input S(d), weight R                  ->  output S(d)
+    attention       batch     query, key, value S(0)                ->  output, lse S(0)
+                    heads     query, key, value S(1)                ->  output, lse S(1)
+    rotary          any dim   input S(d), cos, sin S(d), or R where they are the same for all  ->  output S(d)
+    append_kv       batch, heads   as attention, where the caches are
+    recurrent       batch     input, h0, c0 S(1), lengths S(0), weights R  ->  output, hn, cn S(1)
+    packing                   weights R                             ->  packed R
 
 Importing torch.distributed.tensor takes about as long as torch itself, so this module is imported when the first
 DTensor comes along.
@@ -17,16 +23,19 @@ DTensor comes along.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 from torch.distributed.tensor.placement_types import Placement
 
 from . import ops
+from .ops.cross_entropy import REDUCTIONS
 
-Given = dict[str, Any]  # arguments by name; a tensor is its spec: shape, ndim, mesh, placements
+Given = dict[
+    str, Any
+]  # arguments by name; a tensor is its spec (shape, ndim, mesh, placements), a list a tuple of them
 Rule = tuple[list[Placement], dict[str, Placement]]  # results in order; tensor arguments by name, R if not there
 R, P = Replicate(), Partial()
 
@@ -34,6 +43,20 @@ R, P = Replicate(), Partial()
 def _where(wanted: bool, placement: Placement) -> Placement:
     """Of a result that has shape [0] unless it is wanted."""
     return placement if wanted else R
+
+
+def _followed(op: str, given: Given, name: str, dims: Iterable[int]) -> Placement:
+    """How the argument is split along one of these dims. Where an op writes into an argument, or keeps numbers of each
+    row for the backward, the only rule there is follows this: such an argument is never moved, and the rows of what is
+    kept, those of each process one after the other, are found as they were left."""
+    spec = given[name]
+    found = {p if type(p) is Shard and p.dim in dims else R for p in spec.placements}
+    if len(found) > 1:
+        raise RuntimeError(
+            f"handtuned.{op}: {name} is placed as {list(spec.placements)}, the limit is one way to split its rows; "
+            "use a mesh of one dim"
+        )
+    return found.pop()
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
@@ -78,21 +101,40 @@ def _linear_backward(given: Given) -> Iterator[Rule]:
         yield grads(split, Shard(1), R), {"input": split, "weight": Shard(1)}
 
 
+def _linear_int8(given: Given) -> Iterator[Rule]:
+    saved = given["activation"] != 0 and given["need_preactivation"]
+    yield [R, R], {}
+    for dim in range(given["input"].ndim - 1):
+        yield [Shard(dim), _where(saved, Shard(dim))], {"input": Shard(dim), "residual": Shard(dim)}
+
+
+def _cross_entropy_rows(op: str, given: Given) -> tuple[Placement, dict[str, Placement]]:
+    """(rows, what goes with them). A mean over rows is no sum of means over parts of them: the function takes a sum and
+    divides."""
+    reduction = REDUCTIONS[given["reduction"]]
+    rows = R if reduction == "mean" else _followed(op, given, "input", range(given["input"].ndim - 1))
+    inputs = {"input": rows, "target": rows, "grad_loss": _where(reduction == "none", rows)}
+    return rows, inputs | {"stats": _where(rows != R, Shard(1)), "kept": _where(rows != R, Shard(0))}
+
+
+def _cross_entropy(given: Given) -> Iterator[Rule]:
+    rows, inputs = _cross_entropy_rows("linear_cross_entropy", given)
+    loss = rows if REDUCTIONS[given["reduction"]] == "none" else _where(rows != R, P)
+    yield [loss, inputs["stats"], inputs["kept"]], inputs
+
+
+def _cross_entropy_backward(given: Given) -> Iterator[Rule]:
+    rows, inputs = _cross_entropy_rows("linear_cross_entropy_backward", given)
+    needs = (given["need_linear_weight"], given["need_linear_bias"])
+    of_weights = (_where(rows != R and need, P) for need in needs)
+    yield [_where(given["need_input"], rows), *of_weights], inputs
+
+
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
 def _rows(op: str, given: Given, name: str) -> Placement:
-    """Where the rows of the argument are. The only rule there is follows it, so that the statistics, whose rows are
-    those of each process one after the other, are found by the backward as the forward left them, and never moved."""
-    spec = given[name]
-    dims = spec.ndim - given["normalized_ndim"]
-    found = {p if type(p) is Shard and p.dim < dims else R for p in spec.placements}
-    if len(found) > 1:
-        raise RuntimeError(
-            f"handtuned.{op}: {name} is placed as {list(spec.placements)}, the limit is one way to split its rows; "
-            "use a mesh of one dim"
-        )
-    return found.pop()
+    return _followed(op, given, name, range(given[name].ndim - given["normalized_ndim"]))
 
 
 def _norm(op: str) -> Callable[[Given], list[Rule]]:
@@ -140,9 +182,7 @@ def _attention_inputs(given: Given) -> Iterator[tuple[Placement, Placement, dict
         return Shard(at) if at >= 0 and mask.shape[at] > 1 else R
 
     yield R, R, {}
-    if paged:
-        return
-    if not packed:
+    if not packed and not paged:  # which rows read a page, no process knows
         batch = Shard(0)
         by_entry = {"mask": of_mask(0), "key_lengths": batch}
         yield batch, batch, by_entry | {"alibi_slopes": _where(slopes is not None and slopes.ndim == 2, batch)}
@@ -171,43 +211,111 @@ def _attention_backward(given: Given) -> Iterator[Rule]:
         yield grads, {**named, "grad_lse": lse, "lse": lse, **inputs}
 
 
+def _rotary(given: Given) -> Iterator[Rule]:
+    x, tables = given["input"], given["cos"]
+    yield [R], {}
+    for dim in range(x.ndim - 1):
+        at = dim - x.ndim + tables.ndim
+        table = _where(at >= 0 and tables.shape[at] > 1, Shard(at))
+        yield [Shard(dim)], {"input": Shard(dim), "cos": table, "sin": table}
+
+
+def _append_kv(given: Given) -> Iterator[Rule]:
+    paged, caches = given["block_table"] is not None, ("key_cache", "value_cache")
+    placed = [given[name].placements for name in caches]
+    ways = {R, Shard(1)} if paged else {R, Shard(0), Shard(1)}
+    if placed[0] != placed[1] or not ways.issuperset(placed[0]):
+        raise RuntimeError(
+            f"handtuned.append_kv: key_cache is placed as {list(placed[0])}, value_cache as {list(placed[1])}, allowed "
+            f"are both replicated or split by heads{'' if paged else ' or batch entries'}; they are written where they "
+            "are, so distribute them so"
+        )
+    way = _followed("append_kv", given, "key_cache", (0, 1))
+    batch = _where(way == Shard(0), way)
+    rows = dict.fromkeys(("query", "key", "value", *caches), way) | {"cache_lengths": batch}
+    yield [_where(given["cos"] is not None, way), batch], rows
+
+
+# ---- recurrent layers ------------------------------------------------------------------------------------------------
+
+
+def _rnn(op: str) -> Callable[[Given], list[Rule]]:
+    """Batch entries have nothing to do with each other, but all with all of the weights."""
+    at = 0 if op == "rnn_cell" else 1
+
+    def rules(given: Given) -> list[Rule]:
+        packed_rows = op != "rnn_cell" and given["input"].ndim == 2
+        batch = R if packed_rows else _followed(op, given, "input", (at,))
+        split, is_lstm = batch != R, given["mode"].startswith("LSTM")
+        numbers = _where(split, Shard(0))
+        names = ("input", "h0", "c0", "grad_output", "grad_hn", "grad_cn", "grad_cells")
+        inputs = dict.fromkeys(names, batch) | {"lengths": numbers, "saved": numbers}
+        if op == "rnn_backward":
+            grads = [_where(given[f"need_{name}"], batch) for name in ("input", "h0", "c0")]
+            return [([*grads, _where(split and given["need_weights"], P)], inputs)]
+        states = [batch, _where(is_lstm, batch)]
+        if op == "rnn_cell":
+            return [(states, inputs)]
+        kept = [_where(given["need_cells"], batch), _where(given["need_saved"], numbers)] if op == "rnn" else []
+        return [([batch, *states, *kept], inputs)]
+
+    return rules
+
+
 # ---- registration ----------------------------------------------------------------------------------------------------
 
 _RULES: dict[str, Callable[[Given], Any]] = {
     "linear": _linear,
     "linear_inference": _linear_inference,
     "linear_backward": _linear_backward,
+    "linear_int8": _linear_int8,
+    "linear_cross_entropy": _cross_entropy,
+    "linear_cross_entropy_backward": _cross_entropy_backward,
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "rotary": _rotary,
+    "append_kv": _append_kv,
     **{op: _norm_backward(op) if op.endswith("_backward") else _norm(op) for op in ops.NORM_OPS},
+    **{op: _rnn(op) for op in ops.RNN_OPS},
+    **dict.fromkeys(("linear_pack", "linear_int8_pack", "rnn_pack"), lambda given: [([R], {})]),
 }
 
 
 def _check_dropout(op: str, given: Given) -> None:
-    if given.get("dropout_p"):
-        raise RuntimeError(
-            f"handtuned.{op}: dropout_p is {given['dropout_p']} beside DTensors, the limit is 0: a process does not "
-            "know which elements of the mask are its own; use torch.nn.Dropout"
-        )
+    rates = {name: given.get(name) for name in ("dropout_p", "weight_dropout")}
+    rates |= dict(zip(ops.RATES, given.get("rates") or (), strict=False)) if given.get("seed") is not None else {}
+    for name, rate in rates.items():
+        if rate:
+            raise RuntimeError(
+                f"handtuned.{op}: {name} is {rate} beside DTensors, the limit is 0: a process does not know which "
+                "elements of the mask are its own; use torch.nn.Dropout"
+            )
+
+
+def _placements(value: Any, placement: Placement) -> list[Placement | None]:
+    """Of an argument: one for a tensor, None for what is none; lists are laid open."""
+    each = value if isinstance(value, tuple) else (value,)
+    return [placement if hasattr(spec, "placements") else None for spec in each]
 
 
 def _register(op: str) -> None:
     names = [argument.name for argument in ops.OPS[op]._schema.arguments]
+    kinds = [str(argument.type) for argument in ops.OPS[op]._schema.arguments]
 
     def offered(*args: Any) -> list[tuple[list[Placement], list[Placement | None]]]:
-        if op not in _RULES:
-            raise RuntimeError(
-                f"handtuned.{op}: no rule says how to split it over processes, so it takes no DTensor; "
-                "pass to_local() or full_tensor()"
-            )
         given = dict(zip(names, args, strict=True))
         _check_dropout(op, given)
         return [
-            (outputs, [inputs.get(name, R) if hasattr(spec, "placements") else None for name, spec in given.items()])
+            (outputs, [p for name, value in given.items() for p in _placements(value, inputs.get(name, R))])
             for outputs, inputs in _RULES[op](given)
         ]
 
     register_sharding(ops.OPS[op])(offered)
+    # torch asks a rule once for equal arguments, which to it are tensors, and the others from the first integer on. A
+    # mode and a need_* say as much: from the first that is no tensor.
+    first = next((i for i, kind in enumerate(kinds) if "Tensor" not in kind), len(names))
+    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info[ops.OPS[op]]
+    known.static_argnum = min(known.static_argnum, first)
 
 
 for _op in ops.OPS:

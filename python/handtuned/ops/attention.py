@@ -238,4 +238,4 @@ def _empty_like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 for _op in ATTENTION_OPS.values():
-    register(_op, AttentionArguments)
+    register(_op, AttentionArguments, gpu=("cuda", "triton"))

@@ -1,7 +1,5 @@
-"""What the families' ops share: arguments by name, and the kernels that are registered in Python.
-
-Each op gets a fake kernel (checks, shapes and dtypes without data, for torch.compile and export) and, for every device
-but the CPU, the kernel that the policy table finds. CPU kernels register themselves in C++.
+"""What the families' ops share: arguments by name, and fake kernels: checks, shapes and dtypes without data, for
+torch.compile and export. CPU and CUDA kernels register themselves in C++, serving.py what other devices run.
 """
 
 from __future__ import annotations
@@ -99,22 +97,18 @@ def by_name(*ops: Any) -> dict[str, Any]:
     return {name_of(op): op for op in ops}
 
 
-def register(op: Any, arguments: type[Arguments]) -> None:
-    """Gives an op its fake kernel, and the one that serves it on every device without a kernel in C++."""
+def register(op: Any, arguments: type[Arguments], gpu: tuple[str, ...] = ()) -> None:
+    """Gives an op its fake kernel; gpu: the backends of backends.gpu_ops that have kernels for it."""
     name = name_of(op)
+    for backend in gpu:
+        backends.gpu_ops[backend].add(name)
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         found = arguments(op, args)
         found.check()
         return found.fake()
 
-    def serve(*args: Any) -> Any:
-        found = arguments(op, args)
-        found.check()
-        return backends.serve_device(name, found.main, found.mode, args)
-
     torch.library.register_fake(f"{OP_NAMESPACE}::{name}", fake)
-    torch.library.impl(f"{OP_NAMESPACE}::{name}", "CompositeExplicitAutograd", serve)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -121,4 +121,4 @@ class CrossEntropyArguments(Arguments):
 
 
 for _op in CROSS_ENTROPY_OPS.values():
-    register(_op, CrossEntropyArguments)
+    register(_op, CrossEntropyArguments, gpu=("triton",))

@@ -110,4 +110,4 @@ class LinearArguments(Arguments):
 
 
 for _op in LINEAR_OPS.values():
-    register(_op, LinearArguments)
+    register(_op, LinearArguments, gpu=("triton",))

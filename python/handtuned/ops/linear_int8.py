@@ -65,4 +65,4 @@ class LinearInt8Arguments(LinearArguments):
 
 
 for _op in LINEAR_INT8_OPS.values():
-    register(_op, LinearInt8Arguments)
+    register(_op, LinearInt8Arguments, gpu=("triton",))

@@ -155,4 +155,4 @@ class NormArguments(Arguments):
 
 
 for _op in NORM_OPS.values():
-    register(_op, NormArguments)
+    register(_op, NormArguments, gpu=("cuda", "triton"))

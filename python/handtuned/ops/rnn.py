@@ -333,4 +333,4 @@ def packed_bytes(weights: list[Tensor], mode: str, bidirectional: bool, bias: bo
 
 
 for _op in RNN_OPS.values():
-    register(_op, RnnCellArguments if _op is rnn_cell else RnnArguments)
+    register(_op, RnnCellArguments if _op is rnn_cell else RnnArguments, gpu=("cuda", "triton"))

@@ -141,4 +141,4 @@ class RotaryArguments(Arguments):
 
 
 for _op in ROTARY_OPS.values():
-    register(_op, RotaryArguments)
+    register(_op, RotaryArguments, gpu=("triton",))

@@ -10,7 +10,7 @@ from torch._C import _is_any_autocast_enabled as _any_autocast
 from torch.autograd import Function
 
 from ... import ops
-from ...autograd import apply, backward_op, kernels_for, wants_grad
+from ...autograd import apply, backward_op, is_distributed, kernels_for, wants_grad
 from ...ops.cross_entropy import REDUCTIONS
 from .linear import _autocast
 from .norm import _or_none
@@ -58,6 +58,14 @@ class _LinearCrossEntropy(Function):
         )
         grads = (_or_none(need, grad) for need, grad in zip(needs, found, strict=True))
         return (None, *grads, None, None, *(None for _ in ctx.options))
+
+
+def _total_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean divides by: the rows that count, by their weights."""
+    counts = target != ignore_index
+    if weight is None:
+        return counts.sum()
+    return (weight[torch.where(counts, target, 0)] * counts).sum()
 
 
 def linear_cross_entropy(
@@ -113,10 +121,14 @@ def linear_cross_entropy(
         dtype = torch.float64 if dtype == torch.float64 else torch.float32
     kernels = kernels_for(_OP, input)
     ignored = -100 if ignore_index is None else ignore_index
+    divides = reduction == "mean" and is_distributed(input)  # a mean is not the sum of the processes' means
+    number = _NUMBER["sum"] if divides else number
     numbers = (number, ignored, float(label_smoothing), float(softcap), float(z_loss))
     given = (input, linear_weight, linear_bias, target, weight, *numbers)
     if torch.is_grad_enabled() and wants_grad(kernels, input, linear_weight, linear_bias):
         loss: Tensor = apply(_LinearCrossEntropy, kernels, *given)
     else:
         loss = kernels.linear_cross_entropy(*given, 0)[0]
+    if divides:
+        loss = loss / _total_weight(target, weight, ignored)
     return loss.to(dtype)

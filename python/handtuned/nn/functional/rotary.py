@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ... import backends
+from ... import backends, serving
 from ...autograd import apply, kernels_for, wants_grad
 
 _OP = "rotary_embedding"
@@ -112,5 +112,5 @@ def rotary_embedding(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bo
     cos, sin = as_table(cos, input), as_table(sin, input)
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         backends.fell_back("rotary", "cos or sin requires a gradient, which the kernel does not give")
-        return _turn(backends.formula("rotary", input), input, cos, sin, interleaved, False)
+        return _turn(serving.formula("rotary", input), input, cos, sin, interleaved, False)
     return _turn(kernels_for("rotary", input), input, cos, sin, interleaved, False)
