@@ -30,7 +30,7 @@ from handtuned import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- bounds: python tests/gpu_bounds.py --write -->\n", "<!-- end of bounds -->\n"
-ROWS, COLS, SAMPLE = 16384, 1024, 128
+ROWS, COLS, SAMPLE = 16384, 1024, 16
 BATCH, HEADS, LENGTH = 4, 16, 2048
 STEPS, ENTRIES, HIDDEN, GATES = 128, 64, 256, 4  # of an LSTM
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
