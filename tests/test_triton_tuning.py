@@ -67,20 +67,20 @@ def test_users_file_wins_and_a_broken_one_is_named(cache: Path) -> None:
 def test_tune_refuses() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"torch sees none .* Run it on a machine with a GPU"):
-            tuning.tune("forward", 1024, torch.float32)
+            tune_tiles.tune_norm("forward", 1024, torch.float32)
     with pytest.raises(ValueError, match="kernel is 'softmax', expected one of forward, backward"):
-        tuning.tune("softmax", 1024, torch.float32)
+        tune_tiles.tune_norm("softmax", 1024, torch.float32)
     with pytest.raises(ValueError, match="cols is 0"):
-        tuning.tune("forward", 0, torch.float32)
+        tune_tiles.tune_norm("forward", 0, torch.float32)
 
 
 @pytest.mark.parametrize(("kernel", "cols"), [("forward", 1000), ("backward", 100000), ("partials", 512)])
 def test_tune_keeps_the_fastest(kernel: str, cols: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pretended GPU whose clock prefers many rows and 2 stages, and that refuses big blocks."""
-    monkeypatch.setattr(tuning, "_require_gpu", lambda: None)
+    monkeypatch.setattr(tune_tiles, "_require_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
-    monkeypatch.setattr(tuning, "_workload", lambda *_: lambda: None)
+    monkeypatch.setattr(tune_tiles, "_workload", lambda *_: lambda: None)
     width = 4 if kernel == "partials" else 2
 
     def do_bench(run: object, return_mode: str) -> float:
@@ -92,7 +92,7 @@ def test_tune_keeps_the_fastest(kernel: str, cols: int, cache: Path, monkeypatch
     monkeypatch.setattr(triton.testing, "do_bench", do_bench)
     before = tuning._lookup(kernel, cols, width, "sm90")
     lines: list[str] = []
-    best = tuning.tune(kernel, cols, torch.bfloat16, progress=lines.append)
+    best = tune_tiles.tune_norm(kernel, cols, torch.bfloat16, progress=lines.append)
     assert (best.rows, best.stages) == (before.rows * 2, 2)
     assert tuning._lookup(kernel, cols, width, "sm90") == best
     assert len(json.loads(cache.read_text())["tables"]["sm90"]) == 1
@@ -141,6 +141,7 @@ def test_tune_of_tiles_keeps_the_fastest(family: str, cache: Path, monkeypatch: 
     else:
         best = tune_tiles.tune_rnn("backward", 16, torch.float16, batch=2, steps=2, progress=lines.append)
     assert (best.rows, best.warps) == (before.rows * 2, 4)
+    assert getattr(best, "descriptors", 1) == 1
     assert look() == best
     assert set(json.loads((cache.parent / f"triton_{family}.json").read_text())["tables"]) == {"sm90"}
     assert any("refused: out of resources" in line for line in lines)

@@ -1,6 +1,6 @@
-"""The explicit tune() of attention and recurrent kernels: their tiles measured on the GPU at hand.
+"""Tuning, which is explicit: tiles of norms, attention and recurrent kernels measured on the GPU at hand.
 
-The fastest is kept in a file beside the norms' (tuning.user_file()), where later lookups find it. Nothing is measured
+The fastest is kept in a file of the user's (tuning.user_file()), where later lookups find it. Nothing is measured
 unless these are called.
 """
 
@@ -11,11 +11,116 @@ from typing import Any
 import torch
 import triton
 
-from . import attention, rnn, tuning
+from . import attention, norm, rnn, tuning
 
 Progress = Callable[[str], None] | None
 ATTENTION_KERNELS = ("forward", "decode", "rows", "keys")
 RNN_KERNELS = ("forward", "backward")
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+def norm_candidates(kernel: str, cols: int, itemsize: int, arch: str) -> list[tuning.Config]:
+    """What tune() tries: the present configuration and its neighbours in rows, warps, stages, for long rows tile."""
+    base = tuning._lookup(kernel, cols, itemsize, arch)
+    most_warps = 16 if arch.startswith("gfx") else 32  # 1024 threads a block at most
+    one_tile = kernel != "partials" and cols <= base.tile
+    found = [base]
+    for tile in (base.tile,) if one_tile else (base.tile // 2, base.tile, base.tile * 2):
+        for rows in (base.rows // 2, base.rows, base.rows * 2):
+            for warps in (base.warps // 2, base.warps, base.warps * 2):
+                for stages in (1, 2, 3):
+                    config = tuning.Config(tile, rows, warps, stages)
+                    if tile >= tuning.SMALLEST_TILE and rows >= 1 and 1 <= warps <= most_warps and config not in found:
+                        found.append(config)
+    return found
+
+
+def tune_norm(
+    kernel: str, cols: int, dtype: torch.dtype, rows: int | None = None, progress: Callable[[str], None] | None = print
+) -> tuning.Config:
+    """Measure the candidates of one kernel on the current GPU, keep the fastest in `tuning.user_file()`, return it.
+
+    Args:
+        kernel: "forward", "backward", "row_sums" (rows longer than the backward's tile) or "partials" (the sums over
+            rows behind dgamma and dbeta). The whole op is timed, as LayerNorm with weight and bias.
+        cols: length of a row; the result serves all lengths of the same bucket (up to the next power of two).
+        dtype: float32, bfloat16, float16 or float64; the result serves all dtypes of this size.
+        rows: number of rows to measure with; by default about 2^26 elements in all.
+        progress: called with one line per candidate; None for silence.
+
+    Raises:
+        RuntimeError: no GPU that Triton can launch on, or no candidate ran.
+        ValueError: an unknown kernel, or cols < 1.
+    """
+    if kernel not in tuning.KERNELS:
+        raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(tuning.KERNELS)}")
+    if cols < 1:
+        raise ValueError(f"cols is {cols}, expected at least 1")
+    _require_gpu()
+    device = torch.device("cuda", torch.cuda.current_device())
+    arch, itemsize = tuning.architecture(device), dtype.itemsize
+    width = torch.promote_types(dtype, torch.float32).itemsize if kernel == "partials" else itemsize
+    run = _workload(kernel, cols, dtype, rows or max(1, 2**26 // cols), device)
+    timed: list[tuple[float, tuning.Config]] = []
+    committed = tuning._committed_table()[tuning._table_name(arch)][kernel][str(width)]
+    name = tuning.bucket(cols, committed)
+    for config in norm_candidates(kernel, cols, width, arch):
+        _try(arch, kernel, width, name, config)
+        try:
+            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
+        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
+            milliseconds, note = float("inf"), f"refused: {str(error).splitlines()[0]}"
+        else:
+            timed.append((milliseconds, config))
+            note = f"{milliseconds:.4f} ms"
+        if progress:
+            progress(f"{kernel} cols={cols} {dtype} {arch} {config}: {note}")
+    tuning.forget()
+    if not timed:
+        raise RuntimeError(f"none of the candidates for {kernel} with {cols} columns of {dtype} ran on {arch}")
+    best = min(timed)[1]
+    _save(arch, kernel, width, name, best)
+    return best
+
+
+def _require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "tuning measures on a GPU and torch sees none (torch.cuda.is_available() is False). Run it "
+            "on a machine with a GPU and a CUDA or ROCm build of torch; until then the committed table "
+            "is used."
+        )
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("tuning measures compiled kernels and Triton's interpreter is on. Unset TRITON_INTERPRET.")
+
+
+def _workload(kernel: str, cols: int, dtype: torch.dtype, rows: int, device: torch.device) -> Callable[[], Any]:
+    x = torch.randn(rows, cols, device=device).to(dtype)
+    weight = torch.ones(cols, device=device, dtype=dtype)
+    if kernel == "forward":
+        return lambda: norm.layer_norm(x, 1, weight, weight, 1e-5)
+    _, stats = norm.layer_norm(x, 1, weight, weight, 1e-5)
+    sums_only = kernel == "row_sums"
+    return lambda: norm.layer_norm_backward(x, x, 1, stats, weight, True, not sums_only, not sums_only)
+
+
+def _try(arch: str, kernel: str, itemsize: int, name: str, config: tuning.Config) -> None:
+    tuning.forget()
+    tables = tuning._user_table()  # cached: the entry set here is what lookup finds until forget()
+    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
+
+
+def _save(arch: str, kernel: str, itemsize: int, name: str, config: tuning.Config) -> None:
+    path = tuning.user_file()
+    tuning.forget()
+    tables = tuning._user_table()
+    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
+    tuning.write(path, tables)
+
+
+# ---- attention and recurrent layers ----------------------------------------------------------------------------------
 
 
 def candidates(tile: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -56,7 +161,7 @@ def _measure(
 
 
 def _device() -> torch.device:
-    tuning._require_gpu()
+    _require_gpu()
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -98,14 +203,14 @@ def tune_attention(
     saved += [True, True, True, False, False]  # gradients of query, key and value
     tile = tuning.attention(kernel, width, width, query)
     keys = (tuning.architecture(device), kernel, str(dtype.itemsize), str(tuning.attention_bucket(width)))
-    # AttentionConfig ends with the widest block, which is not tried.
-    best = _measure("attention", keys, (tile.rows, tile.keys, tile.widest, *tile[2:4]), _attention_order, run, progress)
+
+    def order(candidate: tuple[int, ...]) -> tuple[int, ...]:
+        rows, keys, widest, warps, stages = candidate
+        return rows, keys, warps, stages, widest, tile.descriptors
+
+    # The widest block and descriptors, with which AttentionConfig ends, are not tried.
+    best = _measure("attention", keys, (tile.rows, tile.keys, tile.widest, *tile[2:4]), order, run, progress)
     return tuning.AttentionConfig(*best)
-
-
-def _attention_order(candidate: tuple[int, ...]) -> tuple[int, ...]:
-    rows, keys, widest, warps, stages = candidate
-    return rows, keys, warps, stages, widest
 
 
 def tune_rnn(

@@ -1,4 +1,4 @@
-"""Tile sizes of the Triton kernels: the committed table, the user's own, and tune(), which measures and writes that.
+"""Tile sizes of the Triton kernels: the committed tables and the user's own. tune_tiles.py measures and writes those.
 
 `lookup` never measures anything: it reads tuned/norm.json, which ships with the package and was chosen by a model, not
 measured (the file says how), or the file that an explicit tune() left in the user's cache directory, which wins.
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,7 +205,7 @@ def try_tile(family: str, keys: tuple[str, ...], tile: tuple[int, ...]) -> None:
 
 def save_tile(family: str, keys: tuple[str, ...], tile: tuple[int, ...]) -> None:
     try_tile(family, keys, tile)
-    _write(user_file(family), _user_tiles(family))
+    write(user_file(family), _user_tiles(family))
 
 
 def _table_name(arch: str) -> str:
@@ -250,8 +250,7 @@ def _user_table() -> Table:
             _check(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
-            f"{path} is not a tuning table ({error}); the committed one is used. Delete it or call "
-            "handtuned.triton_kernels.tuning.tune() again.",
+            f"{path} is not a tuning table ({error}); the committed one is used. Delete it or tune again.",
             stacklevel=2,
         )
         return {}
@@ -282,111 +281,7 @@ def forget() -> None:
     _user_tiles.cache_clear()
 
 
-# ---- tuning ----------------------------------------------------------------------------------------------------------
-
-
-def candidates(kernel: str, cols: int, itemsize: int, arch: str) -> list[Config]:
-    """What tune() tries: the present configuration and its neighbours in rows, warps, stages, for long rows tile."""
-    base = _lookup(kernel, cols, itemsize, arch)
-    most_warps = 16 if arch.startswith("gfx") else 32  # 1024 threads a block at most
-    one_tile = kernel != "partials" and cols <= base.tile
-    found = [base]
-    for tile in (base.tile,) if one_tile else (base.tile // 2, base.tile, base.tile * 2):
-        for rows in (base.rows // 2, base.rows, base.rows * 2):
-            for warps in (base.warps // 2, base.warps, base.warps * 2):
-                for stages in (1, 2, 3):
-                    config = Config(tile, rows, warps, stages)
-                    if tile >= SMALLEST_TILE and rows >= 1 and 1 <= warps <= most_warps and config not in found:
-                        found.append(config)
-    return found
-
-
-def tune(
-    kernel: str, cols: int, dtype: torch.dtype, rows: int | None = None, progress: Callable[[str], None] | None = print
-) -> Config:
-    """Measure the candidates of one kernel on the current GPU, keep the fastest in `user_file()`, return it.
-
-    Args:
-        kernel: "forward", "backward", "row_sums" (rows longer than the backward's tile) or "partials" (the sums over
-            rows behind dgamma and dbeta). The whole op is timed, as LayerNorm with weight and bias.
-        cols: length of a row; the result serves all lengths of the same bucket (up to the next power of two).
-        dtype: float32, bfloat16, float16 or float64; the result serves all dtypes of this size.
-        rows: number of rows to measure with; by default about 2^26 elements in all.
-        progress: called with one line per candidate; None for silence.
-
-    Raises:
-        RuntimeError: no GPU that Triton can launch on, or no candidate ran.
-        ValueError: an unknown kernel, or cols < 1.
-    """
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(KERNELS)}")
-    if cols < 1:
-        raise ValueError(f"cols is {cols}, expected at least 1")
-    _require_gpu()
-    device = torch.device("cuda", torch.cuda.current_device())
-    arch, itemsize = architecture(device), dtype.itemsize
-    width = torch.promote_types(dtype, torch.float32).itemsize if kernel == "partials" else itemsize
-    run = _workload(kernel, cols, dtype, rows or max(1, 2**26 // cols), device)
-    timed: list[tuple[float, Config]] = []
-    committed = _committed_table()[_table_name(arch)][kernel][str(width)]
-    name = bucket(cols, committed)
-    for config in candidates(kernel, cols, width, arch):
-        _try(arch, kernel, width, name, config)
-        try:
-            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
-        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
-            milliseconds, note = float("inf"), f"refused: {str(error).splitlines()[0]}"
-        else:
-            timed.append((milliseconds, config))
-            note = f"{milliseconds:.4f} ms"
-        if progress:
-            progress(f"{kernel} cols={cols} {dtype} {arch} {config}: {note}")
-    forget()
-    if not timed:
-        raise RuntimeError(f"none of the candidates for {kernel} with {cols} columns of {dtype} ran on {arch}")
-    best = min(timed)[1]
-    _save(arch, kernel, width, name, best)
-    return best
-
-
-def _require_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "tune() measures on a GPU and torch sees none (torch.cuda.is_available() is False). Run it "
-            "on a machine with a GPU and a CUDA or ROCm build of torch; until then the committed table "
-            "is used."
-        )
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("tune() measures compiled kernels and Triton's interpreter is on. Unset TRITON_INTERPRET.")
-
-
-def _workload(kernel: str, cols: int, dtype: torch.dtype, rows: int, device: torch.device) -> Callable[[], Any]:
-    from . import norm  # norm imports this module
-
-    x = torch.randn(rows, cols, device=device).to(dtype)
-    weight = torch.ones(cols, device=device, dtype=dtype)
-    if kernel == "forward":
-        return lambda: norm.layer_norm(x, 1, weight, weight, 1e-5)
-    _, stats = norm.layer_norm(x, 1, weight, weight, 1e-5)
-    sums_only = kernel == "row_sums"
-    return lambda: norm.layer_norm_backward(x, x, 1, stats, weight, True, not sums_only, not sums_only)
-
-
-def _try(arch: str, kernel: str, itemsize: int, name: str, config: Config) -> None:
-    forget()
-    tables = _user_table()  # cached: the entry set here is what lookup finds until forget()
-    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
-
-
-def _save(arch: str, kernel: str, itemsize: int, name: str, config: Config) -> None:
-    path = user_file()
-    forget()
-    tables = _user_table()
-    tables.setdefault(arch, {}).setdefault(kernel, {}).setdefault(str(itemsize), {})[name] = list(config)
-    _write(path, tables)
-
-
-def _write(path: Path, tables: Any) -> None:
+def write(path: Path, tables: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "tables": tables}, indent=1))

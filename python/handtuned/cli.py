@@ -191,16 +191,16 @@ def tune(
     if rows is not None and rows < 1:
         _fail("tune", f"--rows is {rows}, the least is 1")
     try:
-        tuning = importlib.import_module("handtuned.triton_kernels.tuning")
+        tune_tiles = importlib.import_module("handtuned.triton_kernels.tune_tiles")
     except ImportError as error:
         _fail("tune", f"{error}; Triton's kernels need it: pip install triton", 1)
     try:
         for name in kernel or ("forward", "backward", "partials"):
             for length in cols or (1024, 4096, 8192):
-                best = tuning.tune(name, length, DTYPES[dtype], rows, typer.echo)
+                best = tune_tiles.tune_norm(name, length, DTYPES[dtype], rows, typer.echo)
                 typer.echo(f"{name}, {length} columns of {dtype}: {best}")
     except ValueError as error:
         _fail("tune", str(error))
     except RuntimeError as error:
         _fail("tune", " ".join(str(error).split()), 1)
-    typer.echo(f"kept in {tuning.user_file()}")
+    typer.echo(f"kept in {tune_tiles.tuning.user_file()}")
