@@ -215,7 +215,7 @@ def varied(case: rc.Case, **options: Any) -> rc.Case:
 REGISTERS, SHARED, STEPS = (0, 0), (2, 0), (2, 18 << 10)
 TWO_LAYERS = rc.Case("LSTM", (3, 4, 5, 11), layers=2, bidirectional=True, states=True, lengths=RAGGED, dropout=0.3)
 # In the backward a warp has more of W_hh than registers are for.
-DEEP = rc.Case("LSTM", (2, 1, 1, 1300), proj=8, bias=False)
+DEEP = rc.Case("LSTM", (2, 1, 1, 1800), proj=8, bias=False)
 RNN_CASES = (
     (varied(TWO_LAYERS, **DRAWN, **LSTM), REGISTERS),
     (varied(TWO_LAYERS.with_(shape=(2, 4, 5, 35), proj=33, layers=1, batch_first=True, lengths=(2, 0, 1, 2),
