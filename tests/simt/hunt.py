@@ -124,7 +124,7 @@ ATTENTION_CASES = (
     ac.Case((1, 4, 1, 520, 33), kv_heads=2, sinks=F32, dtype=F16),
     ac.Case((1, 2, 3, 520, 16), value_width=140, mask="add", mask_dims="1k", dropout=0.2),
     ac.Case((2, 2, 70, 9, 16), mask="add", mask_dims="q1", mask_dtype=F32, dtype=F16, window=(-1, 2), sinks=F32),
-    ac.Case((1, 1, 66, 20, 8), mask="add", mask_dims="qk"),
+    ac.Case((1, 1, 66, 20, 136), mask="add", mask_dims="qk"),
     ac.Case((1, 1, 2, 520, 16), lengths=(300,), spread=90.0),
     ac.Case((2, 2, 100, 100, 8), kv_heads=1, window=(0, 3), alibi="h", dtype=BF16),
 )  # fmt: skip
@@ -215,7 +215,7 @@ def varied(case: rc.Case, **options: Any) -> rc.Case:
 REGISTERS, SHARED, STEPS = (0, 0), (2, 0), (2, 18 << 10)
 TWO_LAYERS = rc.Case("LSTM", (3, 4, 5, 11), layers=2, bidirectional=True, states=True, lengths=RAGGED, dropout=0.3)
 # In the backward a warp has more of W_hh than registers are for.
-DEEP = rc.Case("LSTM", (2, 1, 1, 1300), proj=8, bias=False)
+DEEP = rc.Case("LSTM", (2, 1, 1, 1800), proj=8, bias=False)
 RNN_CASES = (
     (varied(TWO_LAYERS, **DRAWN, **LSTM), REGISTERS),
     (varied(TWO_LAYERS.with_(shape=(2, 4, 5, 35), proj=33, layers=1, batch_first=True, lengths=(2, 0, 1, 2),

@@ -92,6 +92,7 @@ EQUIVALENT: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("attention_options.cuh", "c < kOwn", 0): "clears what lies between two rows of the weights as well",
     ("attention_options.cuh", "which < 2"): "a last turn that fills the second table again",
     ("attention_products.cuh", "careful"): "saves time: sums with care are right where nothing asks for it",
+    ("attention_scores.cuh", "hides"): "saves time: each key is asked then",
     ("attention_tile.cuh", "count > 0"): "an address that nothing is read from",
     ("attention_warp.cuh", "16 * k < width"): "saves time: what is beyond a width is 0",
     ("attention_warp.cuh", "16 * n < width"): "likewise",
