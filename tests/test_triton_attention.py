@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pytest
-import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import attention_cases as ac
 import attention_numerics as an
 import numerics
+import pytest
+import torch
 import triton_tools
 from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
 from handtuned.triton_kernels import attention as launchers

@@ -5,20 +5,15 @@ Budgets: test_triton_feed_forward_budgets.py."""
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
-import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import cross_entropy_cases as cc
 import linear_cases as lc
+import pytest
 import test_linear_int8 as int8_tests
 import test_rotary as rotary_tests
+import torch
 import triton_tools
 from handtuned.triton_kernels import common, cross_entropy, kernels, kv_cache
 from torch import Tensor

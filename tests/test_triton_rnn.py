@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-import pytest
-import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import numerics
+import pytest
 import rnn_cases as rc
+import torch
 import triton_tools
 from handtuned.triton_kernels import common, rnn_plan, tuning
 from rnn_cases import Case
@@ -181,7 +176,7 @@ def test_packed_of_the_cpu_kernels_is_refused() -> None:
     t = rc.tensors(case)
     with handtuned.backend("cpu"):
         packed = H.pack_rnn_weights("GRU", t.weights)
-    with pytest.raises(RuntimeError, match="packed is of the CPU kernels, .* pack on cpu"):
+    with pytest.raises(RuntimeError, match=r"packed is of the CPU kernels, .* pack on cpu"):
         H.gru(t.input, None, t.weights, packed=packed)
     ours = H.pack_rnn_weights("GRU", t.weights)
     moved = ours.clone()
