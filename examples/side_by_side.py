@@ -79,7 +79,7 @@ def report(
     begin, end = theirs.losses[0], statistics.mean(ours.losses[-5:])
     ms = [statistics.median(side.times) * 1e3 for side in sides]
     print(f"{title}: {len(ours.losses)} steps, loss {begin:.3f} -> {end:.3f}, the two at most {apart:.1e} apart")
-    print(f"a step: torch {ms[0]:.1f} ms, handtuned {ms[1]:.1f} ms")
+    print(f"a step: torch {ms[0]:.2f} ms, handtuned {ms[1]:.2f} ms")
     expected, found = (side.predictions(held_out) for side in sides)
     if classes:
         same = (expected.argmax(-1) == found.argmax(-1)).float().mean().item()

@@ -81,7 +81,9 @@ def main() -> None:
     took = [per_call(model, held_out[0][:1]) for model in (theirs, ours, eighth)]
     for name, *row in zip(("torch", "handtuned", "handtuned, int8"), right, took, strict=True):
         print(f"{name:16} {row[0]:.0%} right, one picture {row[1]:.0f} us")
-    assert (found[2] == found[0]).float().mean() > 0.97
+    same = (found[2] == found[0]).float().mean().item()
+    print(f"{same:.0%} of int8's predictions are torch's: each weight is off by up to 1/254 of its row's largest")
+    assert same > 0.97
     plot("distillation", students)
 
 

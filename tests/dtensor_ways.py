@@ -34,7 +34,9 @@ def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def spread(t: Tensor, mesh: DeviceMesh, way: Placement) -> DTensor:
-    return distribute_tensor(t.detach().clone(), mesh, [way]).requires_grad_(t.requires_grad)
+    found = distribute_tensor(t.detach().clone(), mesh, [way])
+    found.requires_grad_(t.requires_grad)
+    return found
 
 
 def tensors(found: Any) -> list[Any]:

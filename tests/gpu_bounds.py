@@ -193,8 +193,8 @@ def tables() -> str:
         "",
         *table("attention", attentions()),
         "",
-        f"LSTM {HIDDEN}→{HIDDEN}, {STEPS} steps of {ENTRIES} rows, training; 16 bits differ in the bytes alone. Its steps are",
-        "64 blocks, a multiprocessor each; what blocks exchange is not counted, nor is their barrier:",
+        f"LSTM {HIDDEN}→{HIDDEN}, {STEPS} steps of {ENTRIES} rows, training; 16 bits differ in the bytes alone. Its "
+        "steps are\n64 blocks, a multiprocessor each; what blocks exchange is not counted, nor is their barrier:",
         "",
         *table("recurrent layer", layers()),
     ]

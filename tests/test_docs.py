@@ -1,5 +1,7 @@
 """The pages stay true: their examples run, their links lead somewhere, their figures are those measured today."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -31,12 +33,32 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 
+def cells(page: Path) -> list[tuple[int, str, str | None]]:
+    """Of each python block the number of its first line, its code, and what stands below it as its output."""
+    found = re.finditer(
+        r"^```python\n(.*?)^```$(?:\n+```output\n(.*?)^```$)?", page.read_text(), re.DOTALL | re.MULTILINE
+    )
+    return [(page.read_text().count("\n", 0, match.start(1)), match[1], match[2]) for match in found]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "page"}
-    for line, code in blocks(page, "python"):  # blocks of a page go on from each other
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    for line, code, output in cells(page):  # blocks of a page go on from each other
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        if output is not None:
+            lines = printed.getvalue().replace(f"({handtuned._C.isa()})", "(avx2)").splitlines()
+            assert [line.rstrip() for line in lines if line.strip()] == output.splitlines(), f"{page}:{line}"
+
+
+def test_every_page_of_outputs_is_read() -> None:
+    """Each output belongs to the block above it, and each cell of the quick start that prints has one."""
+    for page in PAGES:
+        assert len(blocks(page, "output")) == sum(output is not None for *_, output in cells(page)), page
+    assert all(("print(" in code) == (output is not None) for _, code, output in cells(ROOT / "docs/quickstart.md"))
+    assert len(blocks(ROOT / "docs/quickstart.md", "output")) > 5
 
 
 def test_pages_with_examples_are_found() -> None:
@@ -51,15 +73,6 @@ def test_examples_run(example: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-
-
-def test_printed_explanation_is_what_explain_prints() -> None:
-    import torch
-
-    (_, printed), *_ = blocks(ROOT / "docs/explain.md", "text")
-    with handtuned.testing.isa("generic"):
-        explanation = handtuned.explain(handtuned.nn.LayerNorm(64), torch.randn(2, 64))
-    assert str(explanation).replace("generic", "avx2") == printed.strip()
 
 
 # ---- links and commands ---------------------------------------------------------------------------------------------

@@ -55,8 +55,10 @@ def test_what_hypothesis_draws(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("avx2" not in handtuned.testing.available_isas(), reason="its kernels are those for AVX2")
-def test_what_reaches_new_code_under_sanitizers(tmp_path: Path) -> None:
-    extension = next((ROOT / "build" / "fuzz").glob("_C*.so"), None)
+@pytest.mark.parametrize("source", ["avx2", "avx512"])
+def test_what_reaches_new_code_under_sanitizers(source: str, tmp_path: Path) -> None:
+    """The AVX-512 source with its instructions where the CPU has them, else emulated (fuzz/CMakeLists.txt)."""
+    extension = next((ROOT / "build" / "fuzz" / source).glob("_C*.so"), None)
     if extension is None:
         pytest.skip("not a test build: make test")
     libraries = [
@@ -67,7 +69,7 @@ def test_what_reaches_new_code_under_sanitizers(tmp_path: Path) -> None:
     said = fuzzed(
         "guided",
         tmp_path,
-        *("--guided", str(extension)),
+        *("--guided", str(extension), "--calls", str(CALLS // 2)),
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS=limits,
         UBSAN_OPTIONS="print_stacktrace=1",

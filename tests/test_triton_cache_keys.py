@@ -1,5 +1,5 @@
-"""Triton compiles no kernel anew because a batch or a length is another one: what is compiled in of launches over twenty
-of them. (Its own rules compile for 1 and for multiples of 16, inside tuples even where told not to.)"""
+"""Triton compiles no kernel anew because a batch or a length is another one: what is compiled in of launches over
+twenty of them. (Its own rules compile for 1 and for multiples of 16, inside tuples even where told not to.)"""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def test_a_compiled_function_reaches_them_in_one_graph(monkeypatch: pytest.Monke
     given = {name: given[name] for name in ("query", "key_cache", "value_cache", "key", "value", "cache_lengths")}
     x, linear = torch.randn(3, 5), nn.Int8Linear.from_linear(nn.Linear(5, 4), quantize_input=True)
 
-    def step(x: Tensor, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def step(x: Tensor, given: dict[str, Tensor]) -> tuple[Any, Any]:
         return H.attention_with_kv_cache(**given), linear(x)
 
     def copied() -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ def _mask(mask: Tensor | None) -> Mask:
     lead = 4 - mask.dim()
     strides = [stride if size != 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     *rows, key = [0] * lead + strides
-    return Mask(mask, *common.hidden_strides(*rows), None if key == 1 else common.hidden(key))
+    batch, head, row, loose = common.hidden_strides(*rows)
+    return Mask(mask, batch, head, row, loose, None if key == 1 else common.hidden(key))
 
 
 def like(tensor: Tensor, width: int) -> Tensor:
@@ -101,7 +102,7 @@ class Problem(NamedTuple):
     @property
     def hidden_sizes(self) -> Sizes:
         """As the kernels take them."""
-        return Sizes(*(common.hidden(size) for size in self.sizes[:7]), *self.sizes[7:])
+        return Sizes._make([*map(common.hidden, self.sizes[:7]), *self.sizes[7:]])
 
     @property
     def kv_heads(self) -> int:

@@ -107,7 +107,8 @@ def hidden(value: int) -> int:
     Triton compiles a kernel anew where a number inside a tuple is 1, where it is a multiple of 16, and where it takes
     64 bits, whatever do_not_specialize says. The kernel takes the `number` out again.
     """
-    return 2 * value + _HIDDEN.value
+    found: int = 2 * value + _HIDDEN.value
+    return found
 
 
 def hidden_strides(*strides: int) -> tuple[Any, ...]:

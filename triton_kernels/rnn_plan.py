@@ -145,7 +145,7 @@ class Plan:
 
     def sizes(self, layer: int) -> Sizes:
         changing = (self.steps, self.batch, self.rows, layer * self.directions)
-        return Sizes(*map(common.hidden, changing), self.directions)
+        return Sizes._make([*map(common.hidden, changing), self.directions])
 
     @property
     def widths(self) -> Widths:

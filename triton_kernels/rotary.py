@@ -87,7 +87,7 @@ def rotary_kernel(
 
 def _rows(tensor: Tensor, lead: int) -> Rows:
     *strides, column = [0] * (4 - lead) + list(tensor.stride())
-    return Rows(tensor, *common.hidden_strides(*strides), column)
+    return Rows._make([tensor, *common.hidden_strides(*strides), column])
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:

@@ -11,10 +11,8 @@ namespace {
 
 template <class T, int W>
 cudaError_t on_tensor_cores(const AttentionForward& p, const AttentionPlan& plan, void* stream) {
-  const auto whole = [](const AttentionTensor& t) {
-    return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch % 8 == 0 && t.head % 8 == 0 && t.row % 8 == 0;
-  };
-  const bool wide = whole(p.query) && whole(p.key) && whole(p.value) && whole(p.output);
+  const bool wide =
+      in_whole_chunks(p.query) && in_whole_chunks(p.key) && in_whole_chunks(p.value) && in_whole_chunks(p.output);
   return launch(attention_forward_kernel<T, W>, dim3(plan.row_tiles, p.kv_heads, plan.chunks),
                 dim3(ForwardTile<W>::kThreads), ForwardTile<W>::kSharedBytes, stream, p, Scores<float, Units::log2>(p),
                 Keep<float>(p.dropout), plan, wide);
@@ -40,11 +38,10 @@ cudaError_t forward(const AttentionForward& p, int device, void* stream) {
   const OnDevice guard(device);
   if (guard.status() != cudaSuccess) return guard.status();
   const AttentionPlan plan = plan_attention(p);
-  const int64_t width = p.width > p.value_width ? p.width : p.value_width;
   if constexpr (sizeof(T) == 2) {
-    if (width <= kWidthOfTensorCores) {
-      const cudaError_t status = width <= 64    ? on_tensor_cores<T, 64>(p, plan, stream)
-                                 : width <= 128 ? on_tensor_cores<T, 128>(p, plan, stream)
+    if (const int width = width_on_tensor_cores(p)) {
+      const cudaError_t status = width == 64    ? on_tensor_cores<T, 64>(p, plan, stream)
+                                 : width == 128 ? on_tensor_cores<T, 128>(p, plan, stream)
                                                 : on_tensor_cores<T, 256>(p, plan, stream);
       return status == cudaSuccess ? merge<T, Units::log2>(p, plan, stream) : status;
     }

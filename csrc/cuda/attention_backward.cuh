@@ -1,272 +1,368 @@
-// Attention backward without tensor cores, for every type and width. No atomics: each gradient has one owner, which
-// adds up in one order.
+// Attention backward on tensor cores, for bfloat16 and float16 and widths up to 256.
 //
-//   attention_grad_query_kernel   a block owns 64 flat rows, 128 columns of dQ:      dQ = scale sum_j dS' K
-//   attention_grad_key_kernel     a block owns 64 keys, 128 columns of dK or of dV:  dK = scale sum_i dS'^T Q
-//                                                                                    dV = sum_i (keep P)^T dO
-//   attention_grad_mask_kernel    a block owns a tile of the mask, and adds up whatever the mask is broadcast over
-//   attention_grad_sinks_kernel   a block owns a head:  dsink = -sum_i exp(sink - lse_i) delta_i
+//   P = e^(S - lse),   dS = P (keep dP - delta),   dS' = dS by the slope of the softcap
+//
+// Plan: a block of four warps owns 64 rows of one side, a warp 16 of them, and the other side streams by in tiles of
+// GradientBlock::kOthers rows. P and dS are sums of a warp's products and, rounded to T, operands of its next ones, in
+// the same registers. Each gradient has one owner, which adds up in one order.
+//
+//   kernel           owns                 streams        of a tile                       adds up
+//   grad_query       64 flat rows Q, dO   K, V           S = Q K^T, dP = dO V^T          dQ += dS' K
+//   grad_key         64 keys K, V         Q, dO of all   S^T = K Q^T, dP^T = V dO^T      dK += dS'^T Q
+//                                         heads' rows                                    dV += (keep P)^T dO
+//
+//   shared memory   own tiles 2 x [64, W], streamed ones [2, 2, kOthers, W] in two buffers, swizzled
+//                   (attention_tile.cuh); grad_key: what streamed rows are; gradients leave through the own tiles
+//   registers       of a thread: S and dP 2 rows x kOthers / 4, each gradient 2 rows x W / 4, where W is 64 own rows
+//
+//   per tile:  it is there | barrier | start the next one | S, dP | P, dS | sums
+//
+// W is 64, 128 or 256, whatever is the least to hold both widths. Where it is 256, dK and dV are made by blocks of
+// their own: their sums are all the registers that a block has.
 #pragma once
 #include "attention_gradients.cuh"
+#include "attention_warp.cuh"
 
 namespace handtuned::cuda {
 
-// Grid: row tiles, kv heads, chunks of kColumns columns.
-template <class T>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    attention_grad_query_kernel(const AttentionBackward p, const Scores<Accumulate<T>> scores,
-                                const Keep<Accumulate<T>> keep, const AttentionPlan plan, const Accumulate<T> scale) {
-  using A = Accumulate<T>;
+template <int W, int Others>
+struct GradientBlock {
+  static constexpr int kOthers = Others;
+  static constexpr bool kBoth = W <= 128;  // dK and dV in one block
+  static constexpr int kSums = kBoth ? 2 : 1;
+  static constexpr int kThreads = 128, kBlocks = 2;  // of a multiprocessor, by registers
+  static constexpr int kFragments = kOthers / 8;     // of S
+  // In chunks of 16 bytes:
+  static constexpr int kOwn = 0, kOwnTile = kTileRows * W / 8;
+  static constexpr int kOther = 2 * kOwnTile, kOtherTile = kOthers * W / 8;
+  static constexpr int kRows = kOther + 4 * kOtherTile, kRowsOfTile = kOthers * 5 / 2;
+  static constexpr int kQueryBytes = 16 * kRows, kKeyBytes = kQueryBytes + 16 * 2 * kRowsOfTile;
+
+  // The first chunk of streamed tile `which`, 0 or 1.
+  __device__ static int other(int buffer, int which) { return kOther + (2 * buffer + which) * kOtherTile; }
+};
+
+// As many others as leave registers enough.
+template <int W>
+inline constexpr int kKeysAtOnce = W <= 128 ? 32 : 16;
+template <int W>
+inline constexpr int kRowsAtOnce = W <= 64 ? 32 : 16;
+template <int W>
+using QueryBlock = GradientBlock<W, kKeysAtOnce<W>>;
+template <int W>
+using KeyBlock = GradientBlock<W, kRowsAtOnce<W>>;
+
+// What a gradient needs of a query row beside its score: lse in units of log2, -infinity for rows that see nothing or
+// are not there.
+struct alignas(8) RowSums {
+  float lse, delta;
+};
+
+__device__ inline RowSums load_sums(const AttentionBackward& p, int64_t index) {
+  return {load_global(static_cast<const float*>(p.lse) + index),
+          load_global(static_cast<const float*>(p.delta) + index)};
+}
+
+// Works through the tiles of the other side: load(n, buffer) starts to bring tile n and may keep something of it in
+// registers, which publish(n, buffer) puts into shared memory; then work(n, buffer).
+template <class Load, class Publish, class Work>
+__device__ inline void stream(int tiles, Load load, Publish publish, Work work) {
+  if (tiles > 0) load(0, 0);
+  cp_async_commit();
+  for (int n = 0; n < tiles; ++n) {
+    publish(n, n % 2);
+    cp_async_wait<0>();
+    __syncthreads();  // the tile is there for all, and nobody reads the other buffer any more
+    if (n + 1 < tiles) load(n + 1, (n + 1) % 2);
+    cp_async_commit();
+    work(n, n % 2);
+  }
+  cp_async_wait<0>();  // where there is no tile, own rows may still be coming to where gradients go
+}
+
+// S becomes P with dropout, dP becomes dS'. Lane: what is where, of a lane's two lines of kLine elements; bit
+// `half` * kLine + n of kept(): whether dropout keeps it.
+template <class Lane, int N>
+__device__ inline void gradients_of_tile(const AttentionBackward& p, const Scores<float, Units::log2>& scores,
+                                         const Keep<float>& keep, const Lane& lane, float (&s)[N][4],
+                                         float (&dp)[N][4]) {
+  constexpr int kLine = 2 * N;
+  const bool drops = keep.seed_address != nullptr;
+  const uint32_t kept = drops ? lane.kept(keep, keep.seed()) : 0;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float line[kLine], slope[kLine];
+#pragma unroll
+    for (int n = 0; n < kLine; ++n) line[n] = s[n / 2][2 * half + n % 2];
+    weights_of_line(
+        p, scores, [&](int n) { return lane.row(half, n); }, [&](int n) { return lane.sums(half, n).lse; }, line,
+        [&](int n) { return lane.key(half, n); }, lane.hides(half), slope);
+#pragma unroll
+    for (int n = 0; n < kLine; ++n) {
+      const bool is_kept = kept >> (half * kLine + n) & 1;
+      float factor = 1;
+      if (drops) factor = is_kept ? keep.scale : 0.0f;
+      float& gradient = dp[n / 2][2 * half + n % 2];
+      gradient = gradient_of_score(line[n] * slope[n], gradient * factor, lane.sums(half, n).delta);
+      s[n / 2][2 * half + n % 2] = line[n] * factor;
+    }
+  }
+}
+
+// o += w B, of a streamed tile, of which `tile` is the first chunk.
+template <class T, int W, int N>
+__device__ inline void add_up(float (&o)[W / 8][4], const float (&w)[N][4], int tile, int width, bool careful) {
+  if (careful) {
+    accumulate_carefully<T, W>(o, w, shared<uint32_t>(16 * tile));
+  } else {
+    accumulate_rows<T, W>(o, w, shared<uint4>(16 * tile), width);
+  }
+}
+
+// Lane 4 g + t of a warp that owns query rows: rows g and g + 8, and of every eight keys 2 t and the next one.
+template <int W>
+struct QueryLane {
+  ScoreRow<float> rows[2];
+  RowSums of_row[2];
+  int first;  // key of the tile
+
+  __device__ const ScoreRow<float>& row(int half, int) const { return rows[half]; }
+  __device__ const RowSums& sums(int half, int) const { return of_row[half]; }
+  __device__ int key(int, int n) const { return first + n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
+  __device__ bool hides(int half) const { return !rows[half].sees_all(first, QueryBlock<W>::kOthers); }
+
+  // Keys 16 apart share a call of the generator.
+  __device__ uint32_t kept(const Keep<float>& keep, uint64_t seed) const {
+    constexpr int kLine = QueryBlock<W>::kOthers / 4;
+    uint32_t kept = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int of = 0; of < 4; ++of) {
+        const uint4 words = shared_call(seed, rows[half].index, key(half, of));
+#pragma unroll
+        for (int n = of; n < kLine; n += 4) kept |= uint32_t(is_kept(keep, words, key(half, n))) << (half * kLine + n);
+      }
+    return kept;
+  }
+};
+
+// Grid: row tiles, kv heads. wide: every row of the tensors begins at a multiple of 16 bytes.
+template <class T, int W>
+__global__ void __launch_bounds__(QueryBlock<W>::kThreads, QueryBlock<W>::kBlocks)
+    attention_grad_query_kernel(const AttentionBackward p, const Scores<float, Units::log2> scores,
+                                const Keep<float> keep, const AttentionPlan plan, const float scale, const bool wide) {
+  using Block = QueryBlock<W>;
   const RowTile tile = row_tile(p, plan, blockIdx.x);
   if (!tile.there || tile.e.b == p.batch) return;
   const int64_t kv_head = blockIdx.y;
-  const int first_column = int(blockIdx.z) * kColumns<A>, x = threadIdx.x % kSide, y = threadIdx.x / kSide;
-  const uint64_t seed = keep.seed();
-  const KeyRange keys = keys_of_tile(p, tile, kTileKeys);
-  GradientRows<T> rows;
-  rows.load(p, scores, tile.e, [&](int r) { return row_place(p, tile, kv_head, r); });
-  fill_row_table<T>(p, kQueryRows, p.query, tile, kv_head);
-  fill_row_table<T>(p, kGradRows, p.grad_output, tile, kv_head);
-  Accumulated<A> o;
+  const KeyRange keys = keys_of_tile(p, tile, Block::kOthers);
+  const int own = int(threadIdx.x) / kWarp * kWarpRows, g = threadIdx.x % kWarp / 4;
+  const int width = int(p.width), value_width = int(p.value_width);
+
+  const auto load_own = [&](const AttentionTensor& t, int which, int width) {
+    load_tile<T, W, kTileRows, Block::kThreads>(shared<uint4>(16 * (Block::kOwn + which * Block::kOwnTile)), width,
+                                                wide, static_cast<const T*>(t.data),
+                                                [&](int r) { return row_or_none<T>(p, t, tile, kv_head, r); });
+  };
+  load_own(p.query, 0, width);
+  load_own(p.grad_output, 1, value_width);
+  const auto load_other = [&](const AttentionTensor& t, int n, int buffer, int which, int width) {
+    const int64_t first = keys.begin + int64_t(n) * Block::kOthers;
+    load_tile<T, W, Block::kOthers, Block::kThreads>(
+        shared<uint4>(16 * Block::other(buffer, which)), width, wide, static_cast<const T*>(t.data), [&](int r) {
+          return first + r < keys.end ? key_row_unpaged<const T>(t, tile.e, kv_head, first + r) : nullptr;
+        });
+  };
+  QueryLane<W> lane = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const RowPlace place = row_place(p, tile, kv_head, own + g + 8 * half);
+    lane.rows[half] = score_row(p, scores, tile.e, place);
+    lane.of_row[half] = {hidden<float>(), 0};
+    if (place.there) lane.of_row[half] = load_sums(p, lane.rows[half].index);
+    lane.of_row[half].lse *= scores.from_natural;
+  }
+  WarpOperand<W> query(shared<uint4>(16 * Block::kOwn), own);
+  WarpOperand<W> grad_output(shared<uint4>(16 * (Block::kOwn + Block::kOwnTile)), own);
+  const bool idle = own >= tile.count();                                                 // it helps to bring tiles
+  const int tiles = int((keys.end - keys.begin + Block::kOthers - 1) / Block::kOthers);  // none: not positive
+  float o[W / 8][4];
   bool careful = false;
   do {
-    o.clear();
-    for (int64_t first = keys.begin; first < keys.end; first += kTileKeys) {
-      fill_key_tables<T>(p, tile.e, kv_head, first, keys.end);
-      A s[kOwn][kOwn];
-      gradient_tile<T>(p, scores, keep, seed, rows, int(first), Wanted::of_product, s);
-      const Shared<A> weights = ProductMemory<T>::weights();
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r)
-#pragma unroll
-        for (int c = 0; c < kOwn; ++c) weights[(y + kSide * r) * kWeightPitch + x + kSide * c] = s[r][c];
-      const int count = keys.end - first < kTileKeys ? int(keys.end - first) : kTileKeys;
-      accumulate_tile<T>(o, kWeightPitch, 1, kKeyRows, count, first_column, int(p.width), careful);
-    }
-  } while (starts_again(careful, o.finite()));
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    const RowPlace place = row_place(p, tile, kv_head, y + kSide * r);
-    if (!place.there) continue;
-    T* out = query_row<T>(p.grad_query, tile.e, place.head, place.i);
-#pragma unroll
-    for (int c = 0; c < kOwnColumns<A>; ++c) {
-      const int at = first_column + x + kSide * c;
-      if (at < p.width) store_global(out + at, narrow<T>(scale * o.at(r, c)));
-    }
-  }
+    clear(o);
+    const auto load = [&](int n, int buffer) {
+      load_other(p.key, n, buffer, 0, width);
+      load_other(p.value, n, buffer, 1, value_width);
+    };
+    const auto work = [&](int n, int buffer) {
+      if (idle) return;
+      if (n == 0) {
+        query.load();
+        grad_output.load();
+      }
+      lane.first = int(keys.begin) + n * Block::kOthers;
+      float s[Block::kFragments][4], dp[Block::kFragments][4];
+      multiply_rows<T>(s, query, shared<uint4>(16 * Block::other(buffer, 0)), width);
+      multiply_rows<T>(dp, grad_output, shared<uint4>(16 * Block::other(buffer, 1)), value_width);
+      gradients_of_tile(p, scores, keep, lane, s, dp);
+      add_up<T, W>(o, dp, Block::other(buffer, 0), width, careful);
+    };
+    stream(tiles, load, [](int, int) {}, work);
+  } while (starts_again(careful, idle || all_finite(o)));
+  if (idle) return;
+  const float factor[2] = {scale, scale};
+  store_rows<T, W, 8>(o, factor, Block::kOwn, own, width, wide, [&](int r) -> T* {
+    const RowPlace place = row_place(p, tile, kv_head, r);
+    return place.there ? query_row<T>(p.grad_query, tile.e, place.head, place.i) : nullptr;
+  });
 }
 
-// kTileKeys keys of an entry.
-struct KeyTile {
-  Entry e;
-  int64_t first;
-  bool there;
+// What streamed rows are, in shared memory, [kOthers] of each: both halves of a ScoreRow, RowSums.
+template <int W>
+struct StoredRows {
+  static constexpr int kOthers = KeyBlock<W>::kOthers;
+  static_assert(sizeof(ScoreRow<float>) == 32, "two chunks");
+  Shared<uint4> halves;
+  Shared<RowSums> of_row;
+
+  __device__ explicit StoredRows(int buffer)
+      : halves(shared<uint4>(16 * (KeyBlock<W>::kRows + buffer * KeyBlock<W>::kRowsOfTile))),
+        of_row(shared<RowSums>(16 * (KeyBlock<W>::kRows + buffer * KeyBlock<W>::kRowsOfTile + 2 * kOthers))) {}
+
+  __device__ void put(int r, const ScoreRow<float>& row, const RowSums& sums) const {
+    uint4 half[2];
+    __builtin_memcpy(half, &row, sizeof half);
+    halves[r] = half[0];
+    halves[kOthers + r] = half[1];
+    of_row[r] = sums;
+  }
+  __device__ ScoreRow<float> row(int r) const {
+    const uint4 half[2] = {halves[r], halves[kOthers + r]};
+    ScoreRow<float> row;
+    __builtin_memcpy(&row, half, sizeof row);
+    return row;
+  }
 };
 
-__device__ inline KeyTile key_tile(const Attention& p, int64_t number) {
-  const int64_t tiles = tiles_of_rows(p.key_rows);
-  int64_t b = number / tiles;
-  if (p.device.key_starts.data != nullptr) {
-    b = find_entry(p.batch, number, [&](int64_t b) { return tiles_of_rows(entry_at(p, b).key_rows); });
-  } else {
-    number %= tiles;
-  }
-  if (b == p.batch) return {{}, 0, false};
-  const Entry e = entry_at(p, b);
-  return {e, number * kTileKeys, number * kTileKeys < e.key_rows};
-}
+// Lane 4 g + t of a warp that owns keys: two of them, 16 apart, and of every eight rows 2 t and the next one.
+template <int W>
+struct KeyLane {
+  StoredRows<W> rows;
+  int first;    // of its keys
+  bool window;  // whether it may hide any key of the block from any row of the tile
 
-// Grid: key tiles, kv heads, chunks of kColumns columns: of dK, then of dV; of one alone where the other is not wanted.
-template <class T>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    attention_grad_key_kernel(const AttentionBackward p, const Scores<Accumulate<T>> scores,
-                              const Keep<Accumulate<T>> keep, const Accumulate<T> scale, const int key_chunks) {
-  using A = Accumulate<T>;
+  __device__ static int of_tile(int n) { return n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
+  __device__ ScoreRow<float> row(int, int n) const { return rows.row(of_tile(n)); }
+  __device__ RowSums sums(int, int n) const { return rows.of_row[of_tile(n)]; }
+  __device__ int key(int half, int) const { return first + 16 * half; }
+  __device__ bool hides(int) const { return window; }
+
+  // Both keys share a call of the generator.
+  __device__ uint32_t kept(const Keep<float>& keep, uint64_t seed) const {
+    constexpr int kLine = KeyBlock<W>::kOthers / 4;
+    uint32_t kept = 0;
+#pragma unroll
+    for (int n = 0; n < kLine; ++n) {
+      const uint4 words = shared_call(seed, row(0, n).index, first);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) kept |= uint32_t(is_kept(keep, words, key(half, n))) << (half * kLine + n);
+    }
+    return kept;
+  }
+};
+
+// Grid: key tiles, kv heads, and where a block makes one gradient alone dK and dV. wide: as above.
+template <class T, int W>
+__global__ void __launch_bounds__(KeyBlock<W>::kThreads, KeyBlock<W>::kBlocks)
+    attention_grad_key_kernel(const AttentionBackward p, const Scores<float, Units::log2> scores,
+                              const Keep<float> keep, const float scale, const bool wide) {
+  using Block = KeyBlock<W>;
+  constexpr int kGap = 16;
   const KeyTile tile = key_tile(p, blockIdx.x);
-  if (!tile.there) return;
+  const bool of_key = p.grad_key.data != nullptr && (Block::kBoth || blockIdx.z == 0);
+  const bool of_value = p.grad_value.data != nullptr && (Block::kBoth || blockIdx.z == 1);
+  if (!tile.there || !(of_key || of_value)) return;
   const Entry& e = tile.e;
   const int64_t kv_head = blockIdx.y, group = p.heads / p.kv_heads;
-  const bool of_key = int(blockIdx.z) < key_chunks;
-  const int first_column = (int(blockIdx.z) - (of_key ? 0 : key_chunks)) * kColumns<A>;
-  const int width = int(of_key ? p.width : p.value_width), x = threadIdx.x % kSide, y = threadIdx.x / kSide;
-  const uint64_t seed = keep.seed();
-  const int64_t end = tile.first + kTileKeys < e.key_rows ? tile.first + kTileKeys : e.key_rows;
-  // Rows that the window lets see any of these keys.
-  int64_t first_row = 0, end_row = e.query_rows;
-  if (p.window_right >= 0 && tile.first - e.offset - p.window_right > 0)
-    first_row = tile.first - e.offset - p.window_right;
-  if (p.window_left >= 0 && end - e.offset + p.window_left < end_row) end_row = end - e.offset + p.window_left;
-  fill_key_tables<T>(p, e, kv_head, tile.first, end);
-  Accumulated<A> o;
+  const RowRange seeing = rows_of_tile(p, tile);
+  const int first_row = int(seeing.begin), end_row = int(seeing.end);
+  const int warp = int(threadIdx.x) / kWarp, g = threadIdx.x % kWarp / 4;
+  const int own = warp / 2 * 32 + warp % 2 * 8;  // rows [own, own + 8) and [own + kGap, own + kGap + 8) of the tile
+  const int width = int(p.width), value_width = int(p.value_width);
+
+  const auto load_own = [&](const AttentionTensor& t, int which, int width) {
+    load_tile<T, W, kTileKeys, Block::kThreads>(
+        shared<uint4>(16 * (Block::kOwn + which * Block::kOwnTile)), width, wide, static_cast<const T*>(t.data),
+        [&](int r) {
+          return tile.first + r < tile.end ? key_row_unpaged<const T>(t, e, kv_head, tile.first + r) : nullptr;
+        });
+  };
+  load_own(p.key, 0, width);
+  load_own(p.value, 1, value_width);
+
+  // Tile n of the rows: rows [row_of(n), ..) of head_of(n).
+  const int of_head = (end_row - first_row + Block::kOthers - 1) / Block::kOthers;  // none: not positive
+  const auto head_of = [&](int n) { return kv_head * group + n / of_head; };
+  const auto row_of = [&](int n) { return first_row + n % of_head * Block::kOthers; };
+  const auto load_other = [&](const AttentionTensor& t, int n, int buffer, int which, int width) {
+    const int64_t head = head_of(n);
+    const int first = row_of(n);
+    load_tile<T, W, Block::kOthers, Block::kThreads>(
+        shared<uint4>(16 * Block::other(buffer, which)), width, wide, static_cast<const T*>(t.data),
+        [&](int r) { return first + r < end_row ? query_row<const T>(t, e, head, first + r) : nullptr; });
+  };
+  WarpOperand<W, kGap> key(shared<uint4>(16 * Block::kOwn), own);
+  WarpOperand<W, kGap> value(shared<uint4>(16 * (Block::kOwn + Block::kOwnTile)), own);
+  const bool idle = tile.first + own >= tile.end;  // it helps to bring tiles
+  float o[Block::kSums][W / 8][4];
+  float (&grad_key)[W / 8][4] = o[0], (&grad_value)[W / 8][4] = o[Block::kSums - 1];
   bool careful = false;
   do {
-    o.clear();
-    for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-      for (int64_t i = first_row; i < end_row; i += kTileRows) {
-        const auto place_of = [&](int r) { return RowPlace{h, i + r, i + r < end_row}; };
-        GradientRows<T> rows;
-        rows.load(p, scores, e, place_of);
-        for (int which = 0; which < 2; ++which) {
-          const AttentionTensor& t = which == 0 ? p.query : p.grad_output;
-          fill_table<T>(which == 0 ? kQueryRows : kGradRows,
-                        [&](int r) { return i + r < end_row ? query_row<const T>(t, e, h, i + r) : nullptr; });
-        }
-        A s[kOwn][kOwn];
-        gradient_tile<T>(p, scores, keep, seed, rows, int(tile.first), of_key ? Wanted::of_product : Wanted::weights,
-                         s);
-        const Shared<A> weights = ProductMemory<T>::weights();
-#pragma unroll
-        for (int r = 0; r < kOwn; ++r)
-#pragma unroll
-          for (int c = 0; c < kOwn; ++c) weights[(y + kSide * r) * kWeightPitch + x + kSide * c] = s[r][c];
-        const int count = end_row - i < kTileRows ? int(end_row - i) : kTileRows;
-        accumulate_tile<T>(o, 1, kWeightPitch, of_key ? kQueryRows : kGradRows, count, first_column, width, careful);
+    clear(grad_key);
+    clear(grad_value);
+    RowSums next = {};
+    const auto load = [&](int n, int buffer) {
+      load_other(p.query, n, buffer, 0, width);
+      load_other(p.grad_output, n, buffer, 1, value_width);
+      const int r = int(threadIdx.x), i = row_of(n) + r;
+      next = {hidden<float>(), 0};
+      if (r < Block::kOthers && i < end_row) next = load_sums(p, lse_index(p, e, head_of(n), i));
+    };
+    const auto publish = [&](int n, int buffer) {
+      const int r = int(threadIdx.x), i = row_of(n) + r;
+      if (r >= Block::kOthers) return;
+      const ScoreRow<float> row = score_row(p, scores, e, {head_of(n), i, i < end_row});
+      StoredRows<W>(buffer).put(r, row, {next.lse * scores.from_natural, next.delta});
+    };
+    const auto work = [&](int n, int buffer) {
+      if (idle) return;
+      if (n == 0) {
+        key.load();
+        value.load();
       }
-    }
-  } while (starts_again(careful, o.finite()));
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    const int64_t j = tile.first + y + kSide * r;
-    if (j >= end) continue;
-    T* out = key_row<T>(p, of_key ? p.grad_key : p.grad_value, e, kv_head, j);
-#pragma unroll
-    for (int c = 0; c < kOwnColumns<A>; ++c) {
-      const int at = first_column + x + kSide * c;
-      if (at < width) store_global(out + at, narrow<T>(of_key ? scale * o.at(r, c) : o.at(r, c)));
-    }
-  }
-}
-
-template <class A>
-__device__ inline void store_mask(const AttentionBackward& p, int64_t at, A value) {
-  switch (p.mask.dtype) {
-    case DType::f64: store_global(static_cast<double*>(p.grad_mask) + at, double(value)); break;
-    case DType::f32: store_global(static_cast<float*>(p.grad_mask) + at, float(value)); break;
-    case DType::bf16: store_global(static_cast<bf16*>(p.grad_mask) + at, narrow<bf16>(float(value))); break;
-    case DType::f16: store_global(static_cast<f16*>(p.grad_mask) + at, narrow<f16>(float(value))); break;
-  }
-}
-
-// A block's tile of the mask's gradient, summed over the dims that are 1. sums: of 64 rows x 64 keys, in shared memory.
-template <class T, class A>
-__device__ inline void write_mask(const AttentionBackward& p, int64_t of_head, int64_t first_row, int64_t first_key) {
-  const Shared<A> sums = ProductMemory<T>::weights(), of_rows = ProductMemory<T>::stage();
-  const int lane = threadIdx.x % kWarp, t = int(threadIdx.x);
-  const int64_t from = of_head * p.mask.rows * p.mask.keys;
-  if (p.mask.keys == 1) {
-    constexpr int kOfWarp = kTileRows / (kProductThreads / kWarp);
-    A own = 0;  // lane n: the sum of the warp's row n
-    for (int n = 0; n < kOfWarp; ++n) {
-      const int at = (t / kWarp * kOfWarp + n) * kWeightPitch + lane;
-      Sums<A> sum = {sums[at] + sums[at + kWarp], 0};
-      sum = sum_over_lanes(sum, kWarp);
-      if (lane == n) own = sum.first;
-    }
-    if (lane < kOfWarp) of_rows[t / kWarp * kOfWarp + lane] = own;
-    __syncthreads();
-    if (p.mask.rows == 1) {
-      Sums<A> sum = {of_rows[lane] + of_rows[lane + kWarp], 0};
-      sum = sum_over_lanes(sum, kWarp);
-      if (t == 0) store_mask(p, from, sum.first);
-    } else if (t < kTileRows && first_row + t < p.mask.rows) {
-      store_mask(p, from + first_row + t, A(of_rows[t]));
-    }
-  } else if (p.mask.rows == 1) {
-    if (t < kTileKeys && first_key + t < p.mask.keys) {
-      A sum = 0;
-      for (int r = 0; r < kTileRows; ++r) sum += sums[r * kWeightPitch + t];
-      store_mask(p, from + first_key + t, sum);
-    }
-  } else {
-    const int c = t % kTileKeys;
-    for (int r = t / kTileKeys; r < kTileRows; r += kProductThreads / kTileKeys) {
-      const int64_t i = first_row + r, j = first_key + c;
-      if (i < p.mask.rows && j < p.mask.keys) store_mask(p, from + i * p.mask.keys + j, A(sums[r * kWeightPitch + c]));
-    }
-  }
-}
-
-// Grid: the mask's batches x heads, tiles of its rows, of its keys.
-template <class T>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    attention_grad_mask_kernel(const AttentionBackward p, const Scores<Accumulate<T>> scores,
-                               const Keep<Accumulate<T>> keep) {
-  using A = Accumulate<T>;
-  const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
-  const int64_t group = p.heads / p.kv_heads, of_head = blockIdx.x;
-  const int64_t batch = of_head / p.mask.heads, head = of_head % p.mask.heads;
-  const bool all_batches = p.mask.batches == 1, all_heads = p.mask.heads == 1;
-  const bool all_rows = p.mask.rows == 1, all_keys = p.mask.keys == 1;
-  const int64_t row_from = int64_t(blockIdx.y) * kTileRows, key_from = int64_t(blockIdx.z) * kTileKeys;
-  const uint64_t seed = keep.seed();
-  const Shared<A> sums = ProductMemory<T>::weights();  // each thread its own, until the end
-  const auto own = [&](int r, int c) { return (y + kSide * r) * kWeightPitch + x + kSide * c; };
-#pragma unroll
-  for (int r = 0; r < kOwn; ++r)
-#pragma unroll
-    for (int c = 0; c < kOwn; ++c) sums[own(r, c)] = A(0);
-  const int64_t first_batch = all_batches ? 0 : batch, end_batch = all_batches ? p.batch : batch + 1;
-  const int64_t first_head = all_heads ? 0 : head, end_head = all_heads ? p.heads : head + 1;
-  for (int64_t b = first_batch; b < end_batch; ++b) {
-    const Entry e = entry_at(p, b);
-    const int64_t end_row = all_rows || e.query_rows < row_from + kTileRows ? e.query_rows : row_from + kTileRows;
-    const int64_t end_key = all_keys || e.key_rows < key_from + kTileKeys ? e.key_rows : key_from + kTileKeys;
-    for (int64_t h = first_head; h < end_head; ++h)
-      for (int64_t i = row_from; i < end_row; i += kTileRows) {
-        GradientRows<T> rows;
-        rows.load(p, scores, e, [&](int r) { return RowPlace{h, i + r, i + r < end_row}; });
-        for (int64_t j = key_from; j < end_key; j += kTileKeys) {
-          fill_key_tables<T>(p, e, h / group, j, end_key);
-          for (int which = 0; which < 2; ++which) {
-            const AttentionTensor& t = which == 0 ? p.query : p.grad_output;
-            fill_table<T>(which == 0 ? kQueryRows : kGradRows,
-                          [&](int r) { return i + r < end_row ? query_row<const T>(t, e, h, i + r) : nullptr; });
-          }
-          A s[kOwn][kOwn];
-          gradient_tile<T>(p, scores, keep, seed, rows, int(j), Wanted::of_score, s);
-#pragma unroll
-          for (int r = 0; r < kOwn; ++r)
-#pragma unroll
-            for (int c = 0; c < kOwn; ++c) sums[own(r, c)] += s[r][c];
-        }
-      }
-  }
-  __syncthreads();
-  write_mask<T, A>(p, of_head, row_from, key_from);
-}
-
-// Grid: heads.
-constexpr int kSinkThreads = 256;
-template <class T>
-__global__ void __launch_bounds__(kSinkThreads) attention_grad_sinks_kernel(const AttentionBackward p) {
-  using A = Accumulate<T>;
-  const int64_t head = blockIdx.x;
-  const bool packed = p.device.query_starts.data != nullptr;
-  const double sink = number_at<double>(p.device.sinks, head);
-  const int64_t rows = (packed ? 1 : p.batch) * p.total_rows;
-  Sums<double> sums = {0, 0};
-  for (int64_t row = threadIdx.x; row < rows; row += kSinkThreads) {
-    const int64_t index =
-        packed ? head * p.total_rows + row : (row / p.total_rows * p.heads + head) * p.total_rows + row % p.total_rows;
-    const double lse = double(load_global(static_cast<const A*>(p.lse) + index));
-    if (lse > hidden<double>()) {
-      // dsink -= exp(sink - lse) delta
-      sums.first -= exp(sink - lse) * double(load_global(static_cast<const A*>(p.delta) + index));
-    }
-  }
-  sums = sum_over_row(sums, kSinkThreads, shared<double>(0));
-  if (threadIdx.x != 0) return;
-  switch (p.device.sinks.type) {
-    case NumberType::f64: store_global(static_cast<double*>(p.device_grad_sinks) + head, sums.first); break;
-    case NumberType::bf16:
-      store_global(static_cast<bf16*>(p.device_grad_sinks) + head, narrow<bf16>(float(sums.first)));
-      break;
-    case NumberType::f16:
-      store_global(static_cast<f16*>(p.device_grad_sinks) + head, narrow<f16>(float(sums.first)));
-      break;
-    default: store_global(static_cast<float*>(p.device_grad_sinks) + head, float(sums.first));
-  }
+      const int first = row_of(n), last = first + Block::kOthers - 1;
+      const bool window = keys_of_rows(p, e, last, last).begin > tile.first ||
+                          keys_of_rows(p, e, first, first).end < tile.first + kTileKeys;
+      const KeyLane<W> lane = {StoredRows<W>(buffer), int(tile.first) + own + g, window};
+      float s[Block::kFragments][4], dp[Block::kFragments][4];
+      multiply_rows<T>(s, key, shared<uint4>(16 * Block::other(buffer, 0)), width);
+      multiply_rows<T>(dp, value, shared<uint4>(16 * Block::other(buffer, 1)), of_key ? value_width : 0);
+      gradients_of_tile(p, scores, keep, lane, s, dp);
+      if (of_key) add_up<T, W>(grad_key, dp, Block::other(buffer, 0), width, careful);
+      if (of_value) add_up<T, W>(grad_value, s, Block::other(buffer, 1), value_width, careful);
+    };
+    stream(int(group) * of_head, load, publish, work);
+  } while (starts_again(careful, idle || (all_finite(grad_key) && all_finite(grad_value))));
+  if (idle) return;
+  const auto write = [&](const float (&o)[W / 8][4], float factor, int which, const AttentionTensor& t, int width) {
+    const float factors[2] = {factor, factor};
+    store_rows<T, W, kGap>(o, factors, Block::kOwn + which * Block::kOwnTile, own, width, wide, [&](int r) -> T* {
+      return tile.first + r < tile.end ? key_row_unpaged<T>(t, e, kv_head, tile.first + r) : nullptr;
+    });
+  };
+  if (of_key) write(grad_key, scale, 0, p.grad_key, width);
+  if (of_value) write(grad_value, 1, 1, p.grad_value, value_width);
 }
 
 }  // namespace handtuned::cuda

@@ -114,17 +114,31 @@ __device__ inline RowPlace row_place(const Attention& p, const RowTile& tile, in
   return {kv_head * (p.heads / p.kv_heads) + flat / tile.e.query_rows, flat % tile.e.query_rows, true};
 }
 
-// Row i of a tensor laid out like the queries; row j of one laid out like the keys.
+// Row i of a tensor laid out like the queries.
 template <class T>
 __device__ inline T* query_row(const AttentionTensor& t, const Entry& e, int64_t head, int64_t i) {
   return static_cast<T*>(t.data) + e.b * t.batch + head * t.head + (e.first_query + i) * t.row;
 }
 
+// Row r of a tile of them, or nullptr where there is none.
+template <class T>
+__device__ inline const T* row_or_none(const Attention& p, const AttentionTensor& t, const RowTile& tile,
+                                       int64_t kv_head, int r) {
+  const RowPlace place = row_place(p, tile, kv_head, r);
+  return place.there ? query_row<const T>(t, tile.e, place.head, place.i) : nullptr;
+}
+
+// Row j of a tensor laid out like the keys, where there are no pages, as in the backward.
+template <class T>
+__device__ inline T* key_row_unpaged(const AttentionTensor& t, const Entry& e, int64_t kv_head, int64_t j) {
+  return static_cast<T*>(t.data) + kv_head * t.head + e.b * t.batch + (e.first_key + j) * t.row;
+}
+
 template <class T>
 __device__ inline T* key_row(const Attention& p, const AttentionTensor& t, const Entry& e, int64_t kv_head, int64_t j) {
-  T* head = static_cast<T*>(t.data) + kv_head * t.head;
-  if (p.device.pages.data == nullptr) return head + e.b * t.batch + (e.first_key + j) * t.row;
+  if (p.device.pages.data == nullptr) return key_row_unpaged<T>(t, e, kv_head, j);
   const int64_t page = integer_at(p.device.pages, e.b * p.max_pages + j / p.page_size);
+  T* head = static_cast<T*>(t.data) + kv_head * t.head;
   return head + within(page, 0, p.page_count - 1) * t.batch + j % p.page_size * t.row;
 }
 
@@ -148,6 +162,41 @@ __device__ inline KeyRange keys_of_tile(const Attention& p, const RowTile& tile,
   KeyRange keys = keys_of_rows(p, tile.e, one_head ? tile.first % n : 0, one_head ? last % n : n - 1);
   keys.begin = keys.begin / step * step;
   return keys;
+}
+
+// kTileKeys keys of an entry, or as many as are left.
+struct KeyTile {
+  Entry e;
+  int64_t first, end;
+  bool there;
+};
+
+__device__ inline KeyTile key_tile(const Attention& p, int64_t number) {
+  const int64_t tiles = tiles_of_rows(p.key_rows);
+  int64_t b = number / tiles;
+  if (p.device.key_starts.data != nullptr) {
+    b = find_entry(p.batch, number, [&](int64_t b) { return tiles_of_rows(entry_at(p, b).key_rows); });
+  } else {
+    number %= tiles;
+  }
+  if (b == p.batch) return {{}, 0, 0, false};
+  const Entry e = entry_at(p, b);
+  const int64_t first = number * kTileKeys, end = first + kTileKeys;
+  return {e, first, end < e.key_rows ? end : e.key_rows, first < e.key_rows};
+}
+
+// Rows [begin, end) that the window lets see any key of a tile.
+struct RowRange {
+  int64_t begin, end;
+};
+
+__device__ inline RowRange rows_of_tile(const Attention& p, const KeyTile& tile) {
+  RowRange rows = {0, tile.e.query_rows};
+  const int64_t first = tile.first - tile.e.offset - p.window_right;
+  const int64_t end = tile.end - tile.e.offset + p.window_left;
+  if (p.window_right >= 0 && first > 0) rows.begin = first;
+  if (p.window_left >= 0 && end < rows.end) rows.end = end;
+  return rows;
 }
 
 }  // namespace handtuned::cuda

@@ -24,10 +24,7 @@ __device__ inline void fill_key_tables(const Attention& p, const Entry& e, int64
 template <class T>
 __device__ inline void fill_row_table(const Attention& p, int which, const AttentionTensor& t, const RowTile& tile,
                                       int64_t kv_head) {
-  fill_table<T>(which, [&](int r) -> const T* {
-    const RowPlace place = row_place(p, tile, kv_head, r);
-    return place.there ? query_row<const T>(t, tile.e, place.head, place.i) : nullptr;
-  });
+  fill_table<T>(which, [&](int r) { return row_or_none<T>(p, t, tile, kv_head, r); });
 }
 
 // Grid: row tiles, kv heads, chunks of keys x chunks of kColumns columns.
@@ -69,7 +66,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       const Shared<A> weights = ProductMemory<T>::weights();
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
-        finish_scores(p, scores, row[r], s[r], column, int(first), kTileKeys);
+        const auto row_of = [&](int) -> const ScoreRow<A>& { return row[r]; };
+        finish_scores(p, scores, row_of, s[r], column, !row[r].sees_all(int(first), kTileKeys));
         const A scale = run[r].template weigh<kSide>(scores, s[r]);
 #pragma unroll
         for (int c = 0; c < kOwnColumns<A>; ++c) o.at(r, c) *= scale;

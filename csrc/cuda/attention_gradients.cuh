@@ -1,4 +1,4 @@
-// What every kernel of the backward computes of a tile of 64 rows x 64 keys, made anew from the saved lse:
+// What every kernel of the backward computes of a tile of rows x keys, made anew from the saved lse:
 //
 //   P = e^(S - lse),   dP = dO V^T,   dS = P (keep dP - delta),   delta_i = dO_i . O_i - dlse_i
 //
@@ -7,6 +7,30 @@
 #include "attention_general.cuh"
 
 namespace handtuned::cuda {
+
+// Products of rows row_of(0) .. row_of(N - 1) with keys column(0) .. become weights P. hides: as of finish_scores.
+// slope: becomes the derivative of the softcap, 1 where there is none, or where a NaN is not seen.
+template <int N, class A, Units U, class RowOf, class LseOf, class Column>
+__device__ inline void weights_of_line(const Attention& p, const Scores<A, U>& scores, RowOf row_of, LseOf lse_of,
+                                       A (&s)[N], Column column, bool hides, A (&slope)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) slope[n] = 1;
+  finish_scores(p, scores, row_of, s, column, hides, slope);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const A lse = lse_of(n);
+    const bool seen = lse != hidden<A>() && s[n] != hidden<A>();
+    const A weight = seen ? scores.power(s[n] - lse) : A(0);
+    s[n] = weight > 1 ? A(1) : weight;  // beyond by rounding alone
+    slope[n] = seen ? slope[n] : A(1);
+  }
+}
+
+// P (keep dP - delta); what nobody sees may hold anything
+template <class A>
+__device__ inline A gradient_of_score(A weight, A dp, A delta) {
+  return weight != 0 ? weight * (dp - delta) : A(0);
+}
 
 // A thread's rows y + 16 r.
 template <class T>
@@ -47,14 +71,14 @@ __device__ inline void gradient_tile(const AttentionBackward& p, const Scores<A>
   };
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
-    A cap[kOwn] = {1, 1, 1, 1};
-    finish_scores(p, scores, rows.row[r], s[r], column, first, kTileKeys, cap);
+    const auto row_of = [&](int) -> const ScoreRow<A>& { return rows.row[r]; };
+    A slope[kOwn];
+    weights_of_line(
+        p, scores, row_of, [&](int) { return rows.lse[r]; }, s[r], column, !rows.row[r].sees_all(first, kTileKeys),
+        slope);
+    if (wanted == Wanted::of_product) {
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) {
-      const bool seen = rows.lse[r] != hidden<A>() && s[r][c] != hidden<A>();
-      const A weight = seen ? exp(s[r][c] - rows.lse[r]) : A(0);
-      s[r][c] = weight > 1 ? A(1) : weight;                         // beyond by rounding alone
-      if (seen && wanted == Wanted::of_product) s[r][c] *= cap[c];  // the cap's slope of a NaN is one
+      for (int c = 0; c < kOwn; ++c) s[r][c] *= slope[c];
     }
     if (wanted == Wanted::weights) drop(r, s[r]);
   }
@@ -64,9 +88,8 @@ __device__ inline void gradient_tile(const AttentionBackward& p, const Scores<A>
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
     drop(r, dp[r]);
-    // dS = P (keep dP - delta); what nobody sees may hold anything
 #pragma unroll
-    for (int c = 0; c < kOwn; ++c) s[r][c] = s[r][c] != 0 ? s[r][c] * (dp[r][c] - rows.delta[r]) : A(0);
+    for (int c = 0; c < kOwn; ++c) s[r][c] = gradient_of_score(s[r][c], dp[r][c], rows.delta[r]);
   }
 }
 

@@ -11,10 +11,22 @@ namespace handtuned::cuda {
 
 constexpr int kTileRows = 64;
 constexpr int kTileKeys = 64;
-constexpr int kWidthOfTensorCores = 256;  // the largest width of keys and values in attention_forward.cuh
-constexpr int kWantedBlocks = 256;        // about two for each multiprocessor of a large GPU
+constexpr int kWantedBlocks = 256;  // about two for each multiprocessor of a large GPU
 constexpr int kLeastChunkKeys = 256;
 constexpr int kDropoutKeys = 128;  // a chunk begins where a call of the generator does
+
+// Who makes outputs and dQ, dK, dV: tensor cores, where operands are of 16 bits and no width is beyond 256; the result
+// is then the width of tiles, 64, 128 or 256. Else 0: multiply-add of the operands as they are.
+inline int width_on_tensor_cores(const Attention& p) {
+  const int64_t width = p.width > p.value_width ? p.width : p.value_width;
+  if ((p.dtype != DType::bf16 && p.dtype != DType::f16) || width > 256) return 0;
+  return width <= 64 ? 64 : width <= 128 ? 128 : 256;
+}
+
+// Whether every row of a tensor of 16 bits begins at a multiple of 16 bytes.
+inline bool in_whole_chunks(const AttentionTensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.batch % 8 == 0 && t.head % 8 == 0 && t.row % 8 == 0;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

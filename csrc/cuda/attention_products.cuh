@@ -125,10 +125,17 @@ __device__ inline void accumulate_tile(Accumulated<A>& o, int row_pitch, int pit
       for (int r = 0; r < kOwn; ++r) left[r] = weights[(y + kSide * r) * row_pitch + (from + k) * pitch];
 #pragma unroll
       for (int c = 0; c < kOwnColumns<A>; ++c) right[c] = stage[k * kColumns<A> + x + kSide * c];
+      if (careful) {
 #pragma unroll
-      for (int r = 0; r < kOwn; ++r)
+        for (int r = 0; r < kOwn; ++r)
 #pragma unroll
-        for (int c = 0; c < kOwnColumns<A>; ++c) sum.at(r, c) += careful && left[r] == 0 ? A(0) : left[r] * right[c];
+          for (int c = 0; c < kOwnColumns<A>; ++c) sum.at(r, c) += left[r] == 0 ? A(0) : left[r] * right[c];
+      } else {
+#pragma unroll
+        for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+          for (int c = 0; c < kOwnColumns<A>; ++c) sum.at(r, c) += left[r] * right[c];
+      }
     }
   }
   // Tile by tile, so that a long sum is one of short ones.

@@ -44,6 +44,9 @@ struct ScoreRow {
   A slope;
   int64_t mask;   // offset of its row of the mask
   int64_t index;  // in the lse
+
+  __device__ bool sees(int j) const { return j >= begin && j < end; }
+  __device__ bool sees_all(int first, int count) const { return begin <= first && end >= first + count; }
 };
 
 template <class A, Units U>
@@ -87,11 +90,11 @@ __device__ inline A mask_at(const AttentionMask& mask, const Scores<A, U>& score
   return U == Units::log2 && value < least && value > hidden<A>() ? least : value * scores.from_natural;
 }
 
-// Products of one row with keys column(0) .. column(N - 1), all of [first, first + count), become scores. slope_of_cap:
-// where given, takes the derivative of the softcap.
-template <int N, class A, Units U, class Column>
-__device__ inline void finish_scores(const Attention& p, const Scores<A, U>& scores, const ScoreRow<A>& row, A (&s)[N],
-                                     Column column, int first, int count, A* slope_of_cap = nullptr) {
+// Products of rows row_of(0) .. row_of(N - 1) with keys column(0) .. column(N - 1) become scores. hides: whether window
+// and lengths may hide any of them. slope_of_cap: where given, takes the derivative of the softcap.
+template <int N, class A, Units U, class RowOf, class Column>
+__device__ inline void finish_scores(const Attention& p, const Scores<A, U>& scores, RowOf row_of, A (&s)[N],
+                                     Column column, bool hides, A* slope_of_cap = nullptr) {
   if (scores.cap > 0) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -105,23 +108,26 @@ __device__ inline void finish_scores(const Attention& p, const Scores<A, U>& sco
   }
   if (p.device.slopes.data != nullptr) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) s[n] -= row.slope * A(abs(row.centre - column(n)));
+    for (int n = 0; n < N; ++n) {
+      const ScoreRow<A>& row = row_of(n);
+      s[n] -= row.slope * A(abs(row.centre - column(n)));
+    }
   }
   if (p.mask.data != nullptr) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const int j = column(n);
-      if (j >= row.begin && j < row.end) {
-        const A added = mask_at(p.mask, scores, row.mask, j);
+      const ScoreRow<A>& row = row_of(n);
+      if (row.sees(column(n))) {
+        const A added = mask_at(p.mask, scores, row.mask, column(n));
         s[n] = added > hidden<A>() ? s[n] + added : hidden<A>();
       }
     }
   }
-  if (row.begin > first || row.end < first + count) {
+  if (hides) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const int j = column(n);
-      if (j < row.begin || j >= row.end) s[n] = hidden<A>();
+      const ScoreRow<A>& row = row_of(n);
+      if (!row.sees(column(n))) s[n] = hidden<A>();
     }
   }
 }

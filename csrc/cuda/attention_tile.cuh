@@ -38,11 +38,11 @@ __device__ inline void load_tile(Shared<uint4> tile, int width, bool wide, const
   }
 }
 
-// A of mma.h: rows [row, row + 16), columns [16 k, 16 k + 16) of a tile.
-template <int W>
+// A of mma.h: rows [row, row + 8) and [row + Gap, row + Gap + 8), columns [16 k, 16 k + 16) of a tile.
+template <int W, int Gap>
 __device__ inline void load_a(uint32_t (&a)[4], Shared<uint4> tile, int row, int k) {
   const int lane = threadIdx.x % kWarp;
-  ldmatrix_x4(a, tile + chunk_at<W>(row + lane % 16, 2 * k + lane / 16));
+  ldmatrix_x4(a, tile + chunk_at<W>(row + lane % 8 + lane / 8 % 2 * Gap, 2 * k + lane / 16));
 }
 
 // Two B of mma.h from a tile of [n][k]: columns n of B are rows [row, row + 8), in b[0] and b[1], and [row + 8, row +

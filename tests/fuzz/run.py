@@ -1,7 +1,7 @@
 """Runs so many words of grammar.py: any other exception than the documented ones ends it, as does a crash.
 
     python tests/fuzz/run.py --seed 1 --calls 2000                      words from hypothesis
-    python tests/fuzz/run.py --guided build/fuzz/_C....so               words that reached new code, changed a little;
+    python tests/fuzz/run.py --guided build/fuzz/avx2/_C....so               words that reached new code, changed a little;
                                                                         needs LD_PRELOAD of libasan
     python tests/fuzz/run.py --replay 0107...                           one word, said in full
 

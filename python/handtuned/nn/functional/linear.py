@@ -23,6 +23,12 @@ from .norm import _draw_seed, _dropout, _or_none
 _NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 
+def output_tells_slope(activation: int, residual: Tensor | None) -> bool:
+    """Whether the output serves a backward as well as what stands before the activation, which need not be kept then:
+    ReLU's is above 0 in the same places, but where dropout put a 0, and there the gradient is 0 too."""
+    return ACTIVATIONS[activation] == "relu" and residual is None
+
+
 class _Linear(Function):
     @staticmethod
     def forward(
@@ -37,7 +43,11 @@ class _Linear(Function):
         p: float,
         seed: Tensor | None,
     ) -> Tensor:
-        output, preactivation = kernels.linear(input, weight, bias, residual, packed, activation, p, seed)
+        args = (input, weight, bias, residual, packed, activation, p, seed)
+        if output_tells_slope(activation, residual):
+            output = preactivation = kernels.linear_inference(*args)
+        else:
+            output, preactivation = kernels.linear(*args)
         ctx.kernels, ctx.activation, ctx.p = kernels, activation, p
         ctx.save_for_backward(input, weight, bias, preactivation, seed)
         result: Tensor = output

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from ... import ops, reference
 from ...autograd import apply, backward_op, kernels_for, wants_grad
-from .linear import _autocast, activation_number
+from .linear import _autocast, activation_number, output_tells_slope
 from .norm import _draw_seed, _dropout, _or_none
 
 
@@ -39,8 +39,10 @@ class _LinearInt8(Function):
         seed: Tensor | None,
         quantize_input: bool,
     ) -> Tensor:
-        args = (packed, scale, bias, residual, activation, p, seed, quantize_input, True)
+        told = output_tells_slope(activation, residual)
+        args = (packed, scale, bias, residual, activation, p, seed, quantize_input, not told)
         output, preactivation = kernels.linear_int8(input, *args)
+        preactivation = output if told else preactivation
         ctx.kernels, ctx.activation, ctx.p = kernels, activation, p
         ctx.save_for_backward(input, packed, scale, bias, preactivation, seed)
         result: Tensor = output
