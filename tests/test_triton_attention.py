@@ -50,7 +50,7 @@ CHOSEN = [
     PACKED.with_(packed=((0, 0), (0, 0))),
     Case((2, 2, 5, 0, 8), causal=True, grad_lse=True),
 ]
-SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 3000][3::19]))
+SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 3000][3::29]))
 
 
 @pytest.fixture(autouse=True)
@@ -268,7 +268,7 @@ def test_explain_names_it() -> None:
 
 def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 2, n, 4, dtype=F64, generator=generator, requires_grad=True) for n in (3, 4, 4))
+    q, k, v = (torch.randn(1, 1, n, 2, dtype=F64, generator=generator, requires_grad=True) for n in (2, 3, 3))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return H.scaled_dot_product_attention(q, k, v, is_causal=True, softcap=2.0, return_lse=True)

@@ -95,7 +95,7 @@ CHOSEN = [
     Case("GRU", (2, 0, 3, 4), states=True),
 ]
 OPTIONS = [*EVERYTHING[1:], EVERYTHING[0].with_(training=False)]
-CASES = [*CHOSEN, *OPTIONS, *(WITHOUT_LAYERNORM + rc.CASES if EVERY_CASE else WITHOUT_LAYERNORM[1::14])]
+CASES = [*CHOSEN, *OPTIONS, *(WITHOUT_LAYERNORM + rc.CASES if EVERY_CASE else WITHOUT_LAYERNORM[1::20])]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.elements < 20_000], ids=lambda case: case.name)
