@@ -6,22 +6,17 @@ Every access lies inside a tensor and reads something that was written; values m
 from __future__ import annotations
 
 import os
-import sys
 from functools import cache
 from typing import Any
 
-import cases
-import pytest
-import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import attention_cases
 import attention_numerics
+import cases
 import numerics
 import ptx_tools
+import pytest
 import rnn_cases
+import torch
 
 import handtuned
 

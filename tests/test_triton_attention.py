@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import pytest
-import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import attention_cases as ac
 import attention_numerics as an
 import numerics
+import pytest
+import torch
 import triton_tools
 from attention_cases import ALL, ALL_PACKED, BF16, F16, F32, F64, PACKED, Case
 from handtuned.triton_kernels import attention as launchers
@@ -55,7 +50,7 @@ CHOSEN = [
     PACKED.with_(packed=((0, 0), (0, 0))),
     Case((2, 2, 5, 0, 8), causal=True, grad_lse=True),
 ]
-SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 3000][3::19]))
+SAMPLE = SMALL if EVERY_CASE else list(dict.fromkeys(CHOSEN + [c for c in SMALL if c.elements < 3000][3::29]))
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +268,7 @@ def test_explain_names_it() -> None:
 
 def test_gradcheck() -> None:
     generator = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 2, n, 4, dtype=F64, generator=generator, requires_grad=True) for n in (3, 4, 4))
+    q, k, v = (torch.randn(1, 1, n, 2, dtype=F64, generator=generator, requires_grad=True) for n in (2, 3, 3))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return H.scaled_dot_product_attention(q, k, v, is_causal=True, softcap=2.0, return_lse=True)

@@ -2,15 +2,10 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import triton_tools
 from handtuned.triton_kernels import norm, tuning
 

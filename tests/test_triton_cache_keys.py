@@ -3,15 +3,9 @@ twenty of them. (Its own rules compile for 1 and for multiples of 16, inside tup
 
 from __future__ import annotations
 
-import os
-import sys
 from collections import defaultdict
 
 import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import triton_tools
 from handtuned.triton_kernels import attention, cross_entropy, kv_cache, linear, linear_int8, norm, rnn, rotary, tuning
 

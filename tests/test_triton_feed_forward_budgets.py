@@ -4,15 +4,10 @@ here, every type and architecture with HANDTUNED_EVERY_TILE=1."""
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import triton_ahead
 import triton_tools
 from handtuned.triton_kernels import cross_entropy, kv_cache, linear, linear_int8, rotary, tuning

@@ -2,18 +2,12 @@
 against a plain Philox, fixed bits of dgamma and dbeta. Budgets: test_triton_budgets.py."""
 
 import math
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-if "triton" not in sys.modules and not torch.cuda.is_available():  # as in conftest.py, for this file alone
-    os.environ["TRITON_INTERPRET"] = "1"  # read by triton when it is first imported
-
 import triton
 import triton.language as tl
 import triton_tools

@@ -11,7 +11,8 @@ from typing import Any
 import triton_tools
 
 MOST_SHARED = {"sm80": 99 * 1024, "sm90": 227 * 1024, "sm100": 99 * 1024, "gfx942": 64 * 1024}
-MOST_STACK = 32  # bytes, of products without tensor cores: some tiles keep a few there, though registers are left
+# Bytes, of products without tensor cores and of second tries: ptxas leaves a few there for one more block at a time.
+MOST_STACK = 32
 Form = tuple[Any, ...]
 Key = tuple[str, str]
 Compiled = dict[Key, list[triton_tools.Resources]]
