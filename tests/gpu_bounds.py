@@ -30,7 +30,7 @@ from handtuned import ops
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 BEGIN, END = "<!-- bounds: python tests/gpu_bounds.py --write -->\n", "<!-- end of bounds -->\n"
-ROWS, COLS, SAMPLE = 16384, 1024, 128
+ROWS, COLS, SAMPLE = 16384, 1024, 16
 BATCH, HEADS, LENGTH = 4, 16, 2048
 STEPS, ENTRIES, HIDDEN, GATES = 128, 64, 256, 4  # of an LSTM
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -193,8 +193,9 @@ def tables() -> str:
         "",
         *table("attention", attentions()),
         "",
-        f"LSTM {HIDDEN}→{HIDDEN}, {STEPS} steps of {ENTRIES} rows, training; 16 bits differ in the bytes alone. Its "
-        "steps are\n64 blocks, a multiprocessor each; what blocks exchange is not counted, nor is their barrier:",
+        f"LSTM {HIDDEN}→{HIDDEN}, {STEPS} steps of {ENTRIES} rows, training; 16 bits differ in the bytes alone. "
+        "Its steps are",
+        "64 blocks, a multiprocessor each; neither the bytes that blocks exchange nor their barrier are counted:",
         "",
         *table("recurrent layer", layers()),
     ]

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import cuda_build
 import pytest
 import simt_tools
+from cuda_build import NVCC
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,22 +162,20 @@ def map_tensor(tensor: Tensor, written: bool) -> None:
 # ---- nvcc ------------------------------------------------------------------------------------------------------------
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((p for h in homes if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
-
-
-NVCC = find_nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc: the PTX that it emits is what is tested")
 
 
 def compile_cuda(source: str, *flags: str, architecture: int = 80) -> str:
-    """The PTX of a source of csrc/cuda; flags beside those of the build. Compiled once for all tests."""
+    """The PTX of a source of csrc/cuda: of the library itself, or with other flags. Made once for all tests."""
     return _compiled(source, flags, architecture)
 
 
 @functools.cache
 def _compiled(source: str, flags: tuple[str, ...], architecture: int) -> str:
+    if not flags and architecture == cuda_build.ARCHITECTURE:
+        stem = Path(source).stem
+        cuda_build.made(stem)
+        return (cuda_build.KEPT / f"{stem}.ptx").read_text()
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         command = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", f"-I{ROOT}/csrc/cuda", *flags, "-ptx"]
         done = subprocess.run(

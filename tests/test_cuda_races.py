@@ -28,10 +28,13 @@ def test_no_race(name: str) -> None:
     assert status == 0, report[-6000:]
 
 
-# What has a race, and a word of the code that it is in.
+# What has a race, and a word that says where.
 PLANTED = dict.fromkeys(
     ["no_barrier", "no_warp_barrier", "shuffle", "blocks_one_word", "blocks_do_not_meet"], "races.cpp"
-) | {"attention_with_one_output": "attention_forward.cuh", "attention_with_one_gradient": "attention_backward.cuh"}
+) | {
+    "attention_with_one_output": "attention_forward_kernel",
+    "attention_with_one_gradient": "attention_grad_key_kernel",
+}
 
 
 @pytest.mark.parametrize("name", PLANTED)

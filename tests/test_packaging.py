@@ -18,7 +18,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-import pybind11
+import cuda_build
 import pytest
 import setuptools  # type: ignore[import-untyped]
 import torch
@@ -296,27 +296,16 @@ def test_unknown_cuda_choice_fails(checkout: Path, tmp_path: Path) -> None:
     )
 
 
-def find_nvcc() -> str | None:
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    return shutil.which("nvcc") or next((p for h in homes if (p := shutil.which("nvcc", path=f"{h}/bin"))), None)
-
-
-@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+@pytest.mark.skipif(cuda_build.NVCC is None, reason="needs nvcc")
 def test_slow_cuda_library_is_built_and_loads_without_a_driver(checkout: Path, tmp_path: Path) -> None:
-    """For one architecture; with HANDTUNED_EVERY_MUTANT (make test-gpu-full) for all."""
-    scripts = sysconfig.get_path("scripts")
-    cmake = shutil.which("cmake", path=scripts) or "cmake"
-    ninja = shutil.which("ninja", path=scripts) or "ninja"
-    architectures = [] if os.environ.get("HANDTUNED_EVERY_MUTANT") else ["-DCMAKE_CUDA_ARCHITECTURES=80-real"]
-    configured = succeed(
-        cmake, "-S", checkout, "-B", tmp_path, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DHANDTUNED_TORCH_DIR={Path(torch.__file__).parent}", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={tmp_path / 'lib'}",
-        "-DHANDTUNED_CUDA=on", *architectures,
-    )  # fmt: skip
+    """For one architecture; with HANDTUNED_EVERY_MUTANT (make test-gpu-full) for all, which is what users get."""
+    if os.environ.get("HANDTUNED_EVERY_MUTANT"):
+        configured = cuda_build.configure(checkout, tmp_path)
+        succeed(cuda_build.tool("ninja"), "-C", tmp_path, "handtuned_cuda")
+        library = tmp_path / "lib" / "libhandtuned_cuda.so"
+    else:
+        configured, library = cuda_build.configured(), cuda_build.library()
     assert "CUDA library built: nvcc" in configured
-    succeed(cmake, "--build", tmp_path, "--target", "handtuned_cuda")
-    library = tmp_path / "lib" / "libhandtuned_cuda.so"
     assert "libcudart" not in succeed("readelf", "-d", library), "cudart is linked statically"
     assert library.stat().st_size < 40 << 20
     code = f"import ctypes; print(ctypes.CDLL({str(library)!r}).handtuned_cuda_device_count())"

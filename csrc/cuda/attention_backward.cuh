@@ -124,7 +124,20 @@ template <int W>
 struct QueryLane {
   ScoreRow<float> rows[2];
   RowSums of_row[2];
-  int first;  // key of the tile
+  int first = 0;  // key of the tile
+
+  // own: the warp's first row of the tile.
+  __device__ QueryLane(const AttentionBackward& p, const Scores<float, Units::log2>& scores, const RowTile& tile,
+                       int64_t kv_head, int own) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const RowPlace place = row_place(p, tile, kv_head, own + int(threadIdx.x) % kWarp / 4 + 8 * half);
+      rows[half] = score_row(p, scores, tile.e, place);
+      of_row[half] = {hidden<float>(), 0};
+      if (place.there) of_row[half] = load_sums(p, rows[half].index);
+      of_row[half].lse *= scores.from_natural;
+    }
+  }
 
   __device__ const ScoreRow<float>& row(int half, int) const { return rows[half]; }
   __device__ const RowSums& sums(int half, int) const { return of_row[half]; }
@@ -157,7 +170,7 @@ __global__ void __launch_bounds__(QueryBlock<W>::kThreads, QueryBlock<W>::kBlock
   if (!tile.there || tile.e.b == p.batch) return;
   const int64_t kv_head = blockIdx.y;
   const KeyRange keys = keys_of_tile(p, tile, Block::kOthers);
-  const int own = int(threadIdx.x) / kWarp * kWarpRows, g = threadIdx.x % kWarp / 4;
+  const int own = int(threadIdx.x) / kWarp * kWarpRows;
   const int width = int(p.width), value_width = int(p.value_width);
 
   const auto load_own = [&](const AttentionTensor& t, int which, int width) {
@@ -174,15 +187,7 @@ __global__ void __launch_bounds__(QueryBlock<W>::kThreads, QueryBlock<W>::kBlock
           return first + r < keys.end ? key_row_unpaged<const T>(t, tile.e, kv_head, first + r) : nullptr;
         });
   };
-  QueryLane<W> lane = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const RowPlace place = row_place(p, tile, kv_head, own + g + 8 * half);
-    lane.rows[half] = score_row(p, scores, tile.e, place);
-    lane.of_row[half] = {hidden<float>(), 0};
-    if (place.there) lane.of_row[half] = load_sums(p, lane.rows[half].index);
-    lane.of_row[half].lse *= scores.from_natural;
-  }
+  QueryLane<W> lane(p, scores, tile, kv_head, own);
   WarpOperand<W> query(shared<uint4>(16 * Block::kOwn), own);
   WarpOperand<W> grad_output(shared<uint4>(16 * (Block::kOwn + Block::kOwnTile)), own);
   const bool idle = own >= tile.count();                                                 // it helps to bring tiles
@@ -245,12 +250,72 @@ struct StoredRows {
   }
 };
 
+// The rows of all heads of a kv head that see any key of a tile, in tiles of kOthers rows of a head.
+template <class T, int W>
+class StreamedRows {
+ public:
+  using Block = KeyBlock<W>;
+  static constexpr int kOthers = Block::kOthers;
+
+  __device__ StreamedRows(const AttentionBackward& p, const Scores<float, Units::log2>& scores, const KeyTile& keys,
+                          int64_t kv_head, bool wide)
+      : p_(p), scores_(scores), keys_(keys), wide_(wide), group_(int(p.heads / p.kv_heads)) {
+    const RowRange seeing = rows_of_tile(p, keys);
+    first_ = int(seeing.begin);
+    end_ = int(seeing.end);
+    of_head_ = (end_ - first_ + kOthers - 1) / kOthers;
+    first_head_ = int(kv_head) * group_;
+  }
+
+  __device__ int tiles() const { return group_ * of_head_; }  // none: not positive
+
+  // As stream() asks for them.
+  __device__ void load(int n, int buffer) {
+    load_rows(p_.query, n, Block::other(buffer, 0), int(p_.width));
+    load_rows(p_.grad_output, n, Block::other(buffer, 1), int(p_.value_width));
+    const int r = int(threadIdx.x), i = row_of(n) + r;
+    next_ = {hidden<float>(), 0};
+    if (r < kOthers && i < end_) next_ = load_sums(p_, lse_index(p_, keys_.e, head_of(n), i));
+  }
+  __device__ void publish(int n, int buffer) const {
+    const int r = int(threadIdx.x), i = row_of(n) + r;
+    if (r >= kOthers) return;
+    const ScoreRow<float> row = score_row(p_, scores_, keys_.e, {head_of(n), i, i < end_});
+    StoredRows<W>(buffer).put(r, row, {next_.lse * scores_.from_natural, next_.delta});
+  }
+
+  // Whether the window may hide any key of the block from any row of the tile.
+  __device__ bool hides(int n) const {
+    const int first = row_of(n), last = first + kOthers - 1;
+    return keys_of_rows(p_, keys_.e, last, last).begin > keys_.first ||
+           keys_of_rows(p_, keys_.e, first, first).end < keys_.first + kTileKeys;
+  }
+
+ private:
+  __device__ int head_of(int n) const { return first_head_ + n / of_head_; }
+  __device__ int row_of(int n) const { return first_ + n % of_head_ * kOthers; }
+  __device__ void load_rows(const AttentionTensor& t, int n, int tile, int width) const {
+    const int64_t head = head_of(n);
+    const int first = row_of(n);
+    load_tile<T, W, kOthers, Block::kThreads>(
+        shared<uint4>(16 * tile), width, wide_, static_cast<const T*>(t.data),
+        [&](int r) { return first + r < end_ ? query_row<const T>(t, keys_.e, head, first + r) : nullptr; });
+  }
+
+  const AttentionBackward& p_;
+  const Scores<float, Units::log2>& scores_;
+  const KeyTile& keys_;
+  bool wide_;
+  int group_, first_head_, first_, end_, of_head_;
+  RowSums next_ = {};
+};
+
 // Lane 4 g + t of a warp that owns keys: two of them, 16 apart, and of every eight rows 2 t and the next one.
 template <int W>
 struct KeyLane {
   StoredRows<W> rows;
-  int first;    // of its keys
-  bool window;  // whether it may hide any key of the block from any row of the tile
+  int first;  // of its keys
+  bool window;
 
   __device__ static int of_tile(int n) { return n / 2 * 8 + int(threadIdx.x) % 4 * 2 + n % 2; }
   __device__ ScoreRow<float> row(int, int n) const { return rows.row(of_tile(n)); }
@@ -284,9 +349,7 @@ __global__ void __launch_bounds__(KeyBlock<W>::kThreads, KeyBlock<W>::kBlocks)
   const bool of_value = p.grad_value.data != nullptr && (Block::kBoth || blockIdx.z == 1);
   if (!tile.there || !(of_key || of_value)) return;
   const Entry& e = tile.e;
-  const int64_t kv_head = blockIdx.y, group = p.heads / p.kv_heads;
-  const RowRange seeing = rows_of_tile(p, tile);
-  const int first_row = int(seeing.begin), end_row = int(seeing.end);
+  const int64_t kv_head = blockIdx.y;
   const int warp = int(threadIdx.x) / kWarp, g = threadIdx.x % kWarp / 4;
   const int own = warp / 2 * 32 + warp % 2 * 8;  // rows [own, own + 8) and [own + kGap, own + kGap + 8) of the tile
   const int width = int(p.width), value_width = int(p.value_width);
@@ -301,17 +364,7 @@ __global__ void __launch_bounds__(KeyBlock<W>::kThreads, KeyBlock<W>::kBlocks)
   load_own(p.key, 0, width);
   load_own(p.value, 1, value_width);
 
-  // Tile n of the rows: rows [row_of(n), ..) of head_of(n).
-  const int of_head = (end_row - first_row + Block::kOthers - 1) / Block::kOthers;  // none: not positive
-  const auto head_of = [&](int n) { return kv_head * group + n / of_head; };
-  const auto row_of = [&](int n) { return first_row + n % of_head * Block::kOthers; };
-  const auto load_other = [&](const AttentionTensor& t, int n, int buffer, int which, int width) {
-    const int64_t head = head_of(n);
-    const int first = row_of(n);
-    load_tile<T, W, Block::kOthers, Block::kThreads>(
-        shared<uint4>(16 * Block::other(buffer, which)), width, wide, static_cast<const T*>(t.data),
-        [&](int r) { return first + r < end_row ? query_row<const T>(t, e, head, first + r) : nullptr; });
-  };
+  StreamedRows<T, W> rows(p, scores, tile, kv_head, wide);
   WarpOperand<W, kGap> key(shared<uint4>(16 * Block::kOwn), own);
   WarpOperand<W, kGap> value(shared<uint4>(16 * (Block::kOwn + Block::kOwnTile)), own);
   const bool idle = tile.first + own >= tile.end;  // it helps to bring tiles
@@ -321,30 +374,15 @@ __global__ void __launch_bounds__(KeyBlock<W>::kThreads, KeyBlock<W>::kBlocks)
   do {
     clear(grad_key);
     clear(grad_value);
-    RowSums next = {};
-    const auto load = [&](int n, int buffer) {
-      load_other(p.query, n, buffer, 0, width);
-      load_other(p.grad_output, n, buffer, 1, value_width);
-      const int r = int(threadIdx.x), i = row_of(n) + r;
-      next = {hidden<float>(), 0};
-      if (r < Block::kOthers && i < end_row) next = load_sums(p, lse_index(p, e, head_of(n), i));
-    };
-    const auto publish = [&](int n, int buffer) {
-      const int r = int(threadIdx.x), i = row_of(n) + r;
-      if (r >= Block::kOthers) return;
-      const ScoreRow<float> row = score_row(p, scores, e, {head_of(n), i, i < end_row});
-      StoredRows<W>(buffer).put(r, row, {next.lse * scores.from_natural, next.delta});
-    };
+    const auto load = [&](int n, int buffer) { rows.load(n, buffer); };
+    const auto publish = [&](int n, int buffer) { rows.publish(n, buffer); };
     const auto work = [&](int n, int buffer) {
       if (idle) return;
       if (n == 0) {
         key.load();
         value.load();
       }
-      const int first = row_of(n), last = first + Block::kOthers - 1;
-      const bool window = keys_of_rows(p, e, last, last).begin > tile.first ||
-                          keys_of_rows(p, e, first, first).end < tile.first + kTileKeys;
-      const KeyLane<W> lane = {StoredRows<W>(buffer), int(tile.first) + own + g, window};
+      const KeyLane<W> lane = {StoredRows<W>(buffer), int(tile.first) + own + g, rows.hides(n)};
       float s[Block::kFragments][4], dp[Block::kFragments][4];
       multiply_rows<T>(s, key, shared<uint4>(16 * Block::other(buffer, 0)), width);
       multiply_rows<T>(dp, value, shared<uint4>(16 * Block::other(buffer, 1)), of_key ? value_width : 0);
@@ -352,7 +390,7 @@ __global__ void __launch_bounds__(KeyBlock<W>::kThreads, KeyBlock<W>::kBlocks)
       if (of_key) add_up<T, W>(grad_key, dp, Block::other(buffer, 0), width, careful);
       if (of_value) add_up<T, W>(grad_value, s, Block::other(buffer, 1), value_width, careful);
     };
-    stream(int(group) * of_head, load, publish, work);
+    stream(rows.tiles(), load, publish, work);
   } while (starts_again(careful, idle || (all_finite(grad_key) && all_finite(grad_value))));
   if (idle) return;
   const auto write = [&](const float (&o)[W / 8][4], float factor, int which, const AttentionTensor& t, int width) {

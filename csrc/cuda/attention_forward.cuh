@@ -39,7 +39,6 @@ class WarpRows {
       : p_(p),
         scores_(scores),
         keep_(keep),
-        seed_(keep.seed()),
         g_(threadIdx.x % kWarp / 4),
         t_(threadIdx.x % 4),
         query_(shared<uint4>(16 * ForwardTile<W>::kQuery), first_row()) {
@@ -137,9 +136,10 @@ class WarpRows {
   // Dropout of a line's weights. Keys 16 apart share a call of the generator.
   template <class Column>
   __device__ void drop(float (&line)[kLine], int64_t index, Column column) {
+    const uint64_t seed = keep_.seed();
 #pragma unroll
     for (int of = 0; of < 4; ++of) {
-      const uint4 words = shared_call(seed_, index, column(of));
+      const uint4 words = shared_call(seed, index, column(of));
 #pragma unroll
       for (int n = of; n < kLine; n += 4) line[n] *= factor_of(keep_, words, column(n));
     }
@@ -148,7 +148,6 @@ class WarpRows {
   const AttentionForward& p_;
   const Scores<float, Units::log2>& scores_;
   const Keep<float>& keep_;
-  uint64_t seed_;
   int g_, t_;
   ScoreRow<float> row_[2];
   RunningRow<float> run_[2];
@@ -174,17 +173,18 @@ __global__ void __launch_bounds__(ForwardTile<W>::kThreads, 2)
 
   const T *any_key = static_cast<const T*>(p.key.data), *any_value = static_cast<const T*>(p.value.data);
   // Starts to bring a tile of keys and one of values, in groups of their own; nothing where there are none left.
-  const auto load = [&](int64_t first, int buffer) {
+  const int begin = int(keys.begin), end = int(keys.end);
+  const auto load = [&](int first, int buffer) {
     const auto row_of = [&](const AttentionTensor& t, int r) -> const T* {
-      return first + r < keys.end ? key_row<const T>(p, t, tile.e, kv_head, first + r) : nullptr;
+      return first + r < end ? key_row<const T>(p, t, tile.e, kv_head, first + r) : nullptr;
     };
     const int at = buffer * kKeys * Tile::kChunks;
-    if (first < keys.end) {
+    if (first < end) {
       load_tile<T, W, kKeys, kThreads>(shared<uint4>(16 * (Tile::kKey + at)), int(p.width), wide, any_key,
                                        [&](int r) { return row_of(p.key, r); });
     }
     cp_async_commit();
-    if (first < keys.end) {
+    if (first < end) {
       load_tile<T, W, kKeys, kThreads>(shared<uint4>(16 * (Tile::kValue + at)), int(p.value_width), wide, any_value,
                                        [&](int r) { return row_of(p.value, r); });
     }
@@ -197,18 +197,18 @@ __global__ void __launch_bounds__(ForwardTile<W>::kThreads, 2)
   const bool idle = WarpRows<T, W>::first_row() >= tile.count();  // it helps to bring tiles
   bool careful = false;
   do {
-    load(keys.begin, 0);  // Q is in the group of the first K
+    load(begin, 0);  // Q is in the group of the first K
     rows.start(tile, kv_head, chunk == 0);
     int buffer = 0;
-    for (int64_t first = keys.begin; first < keys.end; first += kKeys) {
+    for (int first = begin; first < end; first += kKeys) {
       cp_async_wait<1>();
       __syncthreads();  // K is there for all, and nobody reads the other buffers any more
       load(first + kKeys, 1 - buffer);
       const int at = buffer * kKeys * Tile::kChunks;
       if (!idle) {
-        if (first == keys.begin) rows.load_query();
+        if (first == begin) rows.load_query();
         rows.products(shared<uint4>(16 * (Tile::kKey + at)));
-        rows.softmax(int(first));
+        rows.softmax(first);
       }
       cp_async_wait<2>();
       __syncthreads();  // V is there for all

@@ -138,7 +138,7 @@ __device__ inline void store_rows(const float (&o)[W / 8][4], const float (&fact
           narrow_pair<T>(o[n][2 * half] * factor[half], o[n][2 * half + 1] * factor[half]);
   __syncwarp();
   const int count = width - 8 * chunk;
-#pragma unroll
+#pragma unroll 1
   for (int m = 0; m < kWarpRows; m += kAtOnce) {
     const int own = m + lane / kChunks, r = first + own % 8 + own / 8 * Gap;
     T* row = row_of(r);

@@ -21,7 +21,7 @@ struct Launch {
 // What launches executed; instructions are those of warps.
 struct Counts {
   uint64_t launches, blocks, instructions, products, bytes_loaded, bytes_stored;  // products: mma; bytes: global memory
-  uint64_t arithmetic, memory, exchanges;                                 // by Instruction::counted
+  uint64_t arithmetic, memory, exchanges;                                         // by Instruction::counted
 };
 
 struct Config {

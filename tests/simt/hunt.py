@@ -124,7 +124,7 @@ ATTENTION_CASES = (
     ac.Case((1, 4, 1, 520, 33), kv_heads=2, sinks=F32, dtype=F16),
     ac.Case((1, 2, 3, 520, 16), value_width=140, mask="add", mask_dims="1k", dropout=0.2),
     ac.Case((2, 2, 70, 9, 16), mask="add", mask_dims="q1", mask_dtype=F32, dtype=F16, window=(-1, 2), sinks=F32),
-    ac.Case((1, 1, 66, 20, 8), mask="add", mask_dims="qk"),
+    ac.Case((1, 1, 66, 20, 136), mask="add", mask_dims="qk"),
     ac.Case((1, 1, 2, 520, 16), lengths=(300,), spread=90.0),
     ac.Case((2, 2, 100, 100, 8), kv_heads=1, window=(0, 3), alibi="h", dtype=BF16),
 )  # fmt: skip
