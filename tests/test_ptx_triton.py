@@ -16,7 +16,9 @@ import numerics
 import ptx_tools
 import pytest
 import rnn_cases
+import test_rotary
 import torch
+from handtuned.triton_kernels import kernels
 
 import handtuned
 
@@ -95,6 +97,24 @@ def check_attention(name: str, launcher: Any) -> None:
     assert len(launcher.modules) >= 4
 
 
+def check_cache(name: str, launcher: Any) -> None:
+    ours, theirs = (test_rotary.arguments(BF16, paged=True) for _ in range(2))
+    rotated, _ = kernels.append_kv(**ours)
+    expected, _ = handtuned.reference.append_kv(**theirs)
+    torch.testing.assert_close(rotated, expected)
+    for cache in ("key_cache", "value_cache"):
+        torch.testing.assert_close(ours[cache], theirs[cache], equal_nan=True)
+    assert len(launcher.modules) == 1
+
+
+def check_int8(name: str, launcher: Any) -> None:
+    x, q = torch.randn(3, 70).to(BF16), torch.randint(-127, 128, (67, 70), dtype=torch.int8)
+    scale, packed = torch.rand(67) / 1000, handtuned.reference.linear_int8_pack(q)
+    found, _ = kernels.linear_int8(x, packed, scale, None, None, 0, 0.0, None, False, False)
+    torch.testing.assert_close(found.double(), x.double() @ (q * scale[:, None]).double().T, rtol=1e-2, atol=1e-3)
+    assert len(launcher.modules) == 1
+
+
 @cache
 def executed(function: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     ptx_tools.library()
@@ -114,3 +134,8 @@ def test_recurrent_layers(name: str) -> None:
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str) -> None:
     assert executed("check_attention", tuple(ATTENTION))[name]["wrong"] is None
+
+
+@pytest.mark.parametrize("function", ["check_cache", "check_int8"])
+def test_cache_and_int8(function: str) -> None:
+    assert executed(function, ("bfloat16",))["bfloat16"]["wrong"] is None

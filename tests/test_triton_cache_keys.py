@@ -4,6 +4,7 @@ twenty of them. (Its own rules compile for 1 and for multiples of 16, inside tup
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import triton_tools
@@ -26,15 +27,18 @@ def launch(arch: str, family: str, batch: int, length: int) -> None:
 def _attention(family: str, batch: int, length: int) -> None:
     x = torch.zeros(batch, 4, length, WIDTH, dtype=torch.bfloat16)
     key = x[:, :2]
+    nothing: list[Any] = [None] * 7
     options = (0.2, True, -1, 0, 0.0, 0.0, None)
     if family == "dense":
-        output, lse = attention.attention(x, key, key, *[None] * 7, *options)
-        saved = (output, None, x, key, key, output, lse)
-        attention.attention_backward(*saved, *[None] * 6, *options, True, True, True, False, False)
+        given: list[Any] = [x, key, key, *nothing, *options]
+        output, lse = attention.attention(*given)
+        saved: list[Any] = [output, None, *given[:3], output, lse, *nothing[1:], *options]
+        attention.attention_backward(*saved, True, True, True, False, False)
         return
     rows, starts = x.transpose(1, 2).flatten(0, 1), torch.arange(batch + 1, dtype=torch.int32) * length
     if family == "packed":
-        attention.attention(rows, rows[:, :2], rows[:, :2], None, starts, starts, *[None] * 4, *options)
+        given = [rows, rows[:, :2], rows[:, :2], None, starts, starts, *nothing[:4], *options]
+        attention.attention(*given)
         return
     pages = torch.zeros(batch + 1, 2, 16, WIDTH, dtype=x.dtype)
     table, lengths = torch.zeros(batch, -(-length // 16), dtype=torch.int32), torch.full((batch,), length)
