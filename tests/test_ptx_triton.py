@@ -102,8 +102,8 @@ def check_cache(name: str, launcher: Any) -> None:
     rotated, _ = kernels.append_kv(**ours)
     expected, _ = handtuned.reference.append_kv(**theirs)
     torch.testing.assert_close(rotated, expected)
-    for cache in ("key_cache", "value_cache"):
-        torch.testing.assert_close(ours[cache], theirs[cache], equal_nan=True)
+    for name in ("key_cache", "value_cache"):
+        torch.testing.assert_close(ours[name], theirs[name], equal_nan=True)
     assert len(launcher.modules) == 1
 
 
