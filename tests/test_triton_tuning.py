@@ -77,8 +77,7 @@ def test_tune_refuses() -> None:
 @pytest.mark.parametrize(("kernel", "cols"), [("forward", 1000), ("backward", 100000), ("partials", 512)])
 def test_tune_keeps_the_fastest(kernel: str, cols: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pretended GPU whose clock prefers many rows and 2 stages, and that refuses big blocks."""
-    monkeypatch.setattr(tune_tiles, "_require_gpu", lambda: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tune_tiles, "_require_gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
     monkeypatch.setattr(tune_tiles, "_workload", lambda *_: lambda: None)
     width = 4 if kernel == "partials" else 2
@@ -128,7 +127,7 @@ def test_tune_of_tiles_keeps_the_fastest(family: str, cache: Path, monkeypatch: 
             raise RuntimeError("out of resources")
         return 1.0 / config["rows"] + abs(config["warps"] - 4)
 
-    monkeypatch.setattr(tune_tiles, "_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(tune_tiles, "_require_gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm90")
     for name in ("attention", "attention_backward"):
         monkeypatch.setattr(tune_tiles.attention, name, lambda *_: (like, like))

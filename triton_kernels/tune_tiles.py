@@ -5,8 +5,8 @@ unless these are called.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -14,15 +14,50 @@ import triton
 from . import attention, norm, rnn, tuning
 
 Progress = Callable[[str], None] | None
+Tile = TypeVar("Tile", bound=tuple[Any, ...])
 ATTENTION_KERNELS = ("forward", "decode", "rows", "keys")
 RNN_KERNELS = ("forward", "backward")
+
+
+def _fastest(
+    what: str, tries: Iterable[Tile], place: Callable[[Tile], None], run: Callable[[], Any], progress: Progress
+) -> Tile:
+    """Times `run` with each in its place in the tables."""
+    timed: list[tuple[float, Tile]] = []
+    for tile in tries:
+        place(tile)
+        try:
+            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
+        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
+            note = f"refused: {str(error).splitlines()[0]}"
+        else:
+            timed.append((milliseconds, tile))
+            note = f"{milliseconds:.4f} ms"
+        if progress:
+            progress(f"{what} {tile}: {note}")
+    tuning.forget()
+    if not timed:
+        raise RuntimeError(f"none of the candidates for {what} ran")
+    return min(timed)[1]
+
+
+def _require_gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "tuning measures on a GPU and torch sees none (torch.cuda.is_available() is False). Run it "
+            "on a machine with a GPU and a CUDA or ROCm build of torch; until then the committed table "
+            "is used."
+        )
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("tuning measures compiled kernels and Triton's interpreter is on. Unset TRITON_INTERPRET.")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
 def norm_candidates(kernel: str, cols: int, itemsize: int, arch: str) -> list[tuning.Config]:
-    """What tune() tries: the present configuration and its neighbours in rows, warps, stages, for long rows tile."""
+    """What tune_norm() tries: that in force and its neighbours in rows, warps, stages; for long rows tile."""
     base = tuning._lookup(kernel, cols, itemsize, arch)
     most_warps = 16 if arch.startswith("gfx") else 32  # 1024 threads a block at most
     one_tile = kernel != "partials" and cols <= base.tile
@@ -38,7 +73,7 @@ def norm_candidates(kernel: str, cols: int, itemsize: int, arch: str) -> list[tu
 
 
 def tune_norm(
-    kernel: str, cols: int, dtype: torch.dtype, rows: int | None = None, progress: Callable[[str], None] | None = print
+    kernel: str, cols: int, dtype: torch.dtype, rows: int | None = None, progress: Progress = print
 ) -> tuning.Config:
     """Measure the candidates of one kernel on the current GPU, keep the fastest in `tuning.user_file()`, return it.
 
@@ -58,42 +93,17 @@ def tune_norm(
         raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(tuning.KERNELS)}")
     if cols < 1:
         raise ValueError(f"cols is {cols}, expected at least 1")
-    _require_gpu()
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = _require_gpu()
     arch, itemsize = tuning.architecture(device), dtype.itemsize
     width = torch.promote_types(dtype, torch.float32).itemsize if kernel == "partials" else itemsize
     run = _workload(kernel, cols, dtype, rows or max(1, 2**26 // cols), device)
-    timed: list[tuple[float, tuning.Config]] = []
     committed = tuning._committed_table()[tuning._table_name(arch)][kernel][str(width)]
     name = tuning.bucket(cols, committed)
-    for config in norm_candidates(kernel, cols, width, arch):
-        _try(arch, kernel, width, name, config)
-        try:
-            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
-        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
-            milliseconds, note = float("inf"), f"refused: {str(error).splitlines()[0]}"
-        else:
-            timed.append((milliseconds, config))
-            note = f"{milliseconds:.4f} ms"
-        if progress:
-            progress(f"{kernel} cols={cols} {dtype} {arch} {config}: {note}")
-    tuning.forget()
-    if not timed:
-        raise RuntimeError(f"none of the candidates for {kernel} with {cols} columns of {dtype} ran on {arch}")
-    best = min(timed)[1]
+    what = f"{kernel} with {cols} columns of {dtype} on {arch}"
+    tries = norm_candidates(kernel, cols, width, arch)
+    best = _fastest(what, tries, lambda config: _try(arch, kernel, width, name, config), run, progress)
     _save(arch, kernel, width, name, best)
     return best
-
-
-def _require_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise RuntimeError(
-            "tuning measures on a GPU and torch sees none (torch.cuda.is_available() is False). Run it "
-            "on a machine with a GPU and a CUDA or ROCm build of torch; until then the committed table "
-            "is used."
-        )
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError("tuning measures compiled kernels and Triton's interpreter is on. Unset TRITON_INTERPRET.")
 
 
 def _workload(kernel: str, cols: int, dtype: torch.dtype, rows: int, device: torch.device) -> Callable[[], Any]:
@@ -140,29 +150,11 @@ def _measure(
     progress: Progress,
 ) -> Any:  # fmt: skip
     """Times `run` with each candidate of a table's entry, keeps the fastest and returns it."""
-    timed: list[tuple[float, tuple[int, ...]]] = []
-    for candidate in (order(c) for c in candidates(tile)):
-        tuning.try_tile(family, keys, candidate)
-        try:
-            milliseconds = float(triton.testing.do_bench(run, return_mode="median"))
-        except (RuntimeError, triton.TritonError) as error:  # does not fit this device
-            note = f"refused: {str(error).splitlines()[0]}"
-        else:
-            timed.append((milliseconds, candidate))
-            note = f"{milliseconds:.4f} ms"
-        if progress:
-            progress(f"{family} {' '.join(keys)} {list(candidate)}: {note}")
-    tuning.forget()
-    if not timed:
-        raise RuntimeError(f"none of the candidates for {family} {' '.join(keys)} ran")
-    best = min(timed)[1]
+    tries = (order(c) for c in candidates(tile))
+    what = f"{family} {' '.join(keys)}"
+    best = _fastest(what, tries, lambda candidate: tuning.try_tile(family, keys, candidate), run, progress)
     tuning.save_tile(family, keys, best)
     return best
-
-
-def _device() -> torch.device:
-    _require_gpu()
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def tune_attention(
@@ -186,7 +178,7 @@ def tune_attention(
         raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(ATTENTION_KERNELS)}")
     if width < 1:
         raise ValueError(f"width is {width}, expected at least 1")
-    device = _device()
+    device = _require_gpu()
     query = torch.randn(4, 16, 1 if kernel == "decode" else rows, width, device=device).to(dtype)
     key = torch.randn(4, 16, rows, width, device=device).to(dtype)
     rest = (None, None, None, None)
@@ -233,7 +225,7 @@ def tune_rnn(
         raise ValueError(f"kernel is {kernel!r}, expected one of {', '.join(RNN_KERNELS)}")
     if hidden < 1:
         raise ValueError(f"hidden is {hidden}, expected at least 1")
-    device = _device()
+    device = _require_gpu()
     x = torch.randn(steps, batch, hidden, device=device).to(dtype)
     shapes = [(4 * hidden, hidden)] * 2 + [(4 * hidden,)] * 2
     weights = [(torch.randn(shape, device=device) * hidden**-0.5).to(dtype) for shape in shapes]
