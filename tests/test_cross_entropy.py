@@ -172,6 +172,14 @@ def test_memory_beyond_what_is_kept_grows_with_the_rows_alone(monkeypatch: pytes
     assert peaks[1] - peaks[0] < 2048 * 1000
 
 
+def test_explain_says_what_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(4, 5, requires_grad=True), torch.randn(40, 5)
+    for kept, says in ((40, False), (30, True)):
+        monkeypatch.setattr(cross_entropy, "KEPT_BYTES", kept * 4 * 4)
+        found = handtuned.explain(lambda: H.linear_cross_entropy(x, w, torch.arange(4)).backward())
+        assert ("the logits of 10 of 40 classes are made again" in str(found)) == says
+
+
 # ---- derivatives -----------------------------------------------------------------------------------------------------
 
 

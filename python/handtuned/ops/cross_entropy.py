@@ -108,7 +108,13 @@ class CrossEntropyArguments(Arguments):
 
     def copies(self) -> list[str]:
         scattered = [name for name in ("input", "linear_weight") if self[name].numel() and self[name].stride(-1) != 1]
-        return [f"{name} is copied once: its rows are not contiguous" for name in scattered if self[name].shape[-1] > 1]
+        notes = [
+            f"{name} is copied once: its rows are not contiguous" for name in scattered if self[name].shape[-1] > 1
+        ]
+        classes = self["linear_weight"].shape[0]
+        if self["kept"] is not None and self.keep < classes:
+            notes.append(f"the logits of {classes - self.keep} of {classes} classes are made again")
+        return notes
 
     def fake(self) -> tuple[Tensor, ...]:
         x, w, wide = self.main, self["linear_weight"], wide_dtype(self.main.dtype)

@@ -42,7 +42,7 @@ class _LinearCrossEntropy(Function):
         weight: Tensor | None,
         *options: Any,
     ) -> Tensor:
-        softcap = options[3]
+        *_, softcap, _z_loss = options
         keep = _classes_kept(kernels, input, linear_weight, target, softcap)
         loss, *found = kernels.linear_cross_entropy(input, linear_weight, linear_bias, target, weight, *options, keep)
         ctx.kernels, ctx.options = kernels, options
@@ -85,9 +85,9 @@ def linear_cross_entropy(
     """cross_entropy(linear(input, linear_weight, linear_bias), target) without the logits.
 
     torch.nn.functional.linear_cross_entropy (torch 2.13) with class numbers as targets. The memory that it needs beside
-    its arguments and gradients grows with the rows and with the classes, and not with their product: from forward to
-    backward at most 256 MB of probabilities are kept, and of classes beyond those the backward makes the logits again.
-    Rows that are left out by ignore_index cost nothing. Differentiable in input, linear_weight and linear_bias, to any
+    its arguments and gradients grows with the rows and with the classes; with their product only up to 256 MB of
+    probabilities, kept from forward to backward on the CPU, which makes the logits of classes beyond those again. Rows
+    that are left out by ignore_index cost nothing. Differentiable in input, linear_weight and linear_bias, to any
     order.
 
     Args:
