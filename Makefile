@@ -15,7 +15,7 @@ ARGS ?=
 export HF_HUB_OFFLINE = 1
 
 SOURCES := CMakeLists.txt setup.py pyproject.toml python/handtuned/_version.py $(shell find csrc -type f)
-CPP := $(shell find csrc tests/simt tests/ptx -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/simt tests/ptx tests/fuzz -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # Every planted bug and architecture, every case, every committed tile.
 EVERYTHING := HANDTUNED_EVERY_MUTANT=1 HANDTUNED_EVERY_CASE=1 HANDTUNED_EVERY_TILE=1
@@ -45,7 +45,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp $(SOURCES)
 
 # The test build also holds the AVX-512 source emulated on AVX2, so that it runs on every x86 machine, and the CUDA
 # kernels for the emulator in tests/simt.
-$(VENV)/test-build.stamp: $(VENV)/test-requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx -type f -not -name '*.pyc')
+$(VENV)/test-build.stamp: $(VENV)/test-requirements.stamp $(SOURCES) $(shell find tests/simt tests/ptx tests/fuzz -type f -not -name '*.pyc')
 	HANDTUNED_EMULATE=1 $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@ $(VENV)/build.stamp
 
